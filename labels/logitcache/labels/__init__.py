@@ -1,0 +1,1 @@
+"""What client and server share: soft labels, identity, wire bytes, errors. Knows only NumPy and a hash."""

@@ -1,0 +1,41 @@
+"""Fingerprints: 64-bit hashes of what the teacher was shown, so that a client can prove it holds the same.
+
+The hash is XXH3-64 over ``"<dtype>:<shape>:"`` and the C-contiguous little-endian bytes of one input. It proves
+identity against accidents (re-ordered, re-normalised or re-encoded data), not against someone who forges inputs.
+Two inputs of equal value and another dtype have other fingerprints: the teacher might see them differently.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import UInt64
+
+
+def fingerprint(input: Any) -> int:
+    """Fingerprint of one input: a tensor on any device, a NumPy array, or a number.
+
+    Raises:
+        TypeError: the input is not an array of numbers.
+    """
+    if hasattr(input, "detach"):
+        input = input.detach().cpu()
+    dtype = str(getattr(input, "dtype", "")).removeprefix("torch.")
+    try:
+        array = np.asarray(input)
+    except TypeError:
+        # bfloat16 and the 8-bit floats have no NumPy dtype; float32 holds each of them exactly.
+        array = np.asarray(input.float())
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"an input must be an array of numbers, not {type(input).__name__} of {array.dtype}")
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    shape = "x".join(map(str, np.shape(input)))
+    state = xxhash.xxh3_64(f"{dtype or array.dtype.name}:{shape}:".encode())
+    state.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
+    return int(state.intdigest())
+
+
+def fingerprints(inputs: Iterable[Any]) -> UInt64[np.ndarray, " examples"]:
+    """Fingerprint of each input of a batch: a stacked tensor or array, or a list of them."""
+    return np.fromiter((fingerprint(input) for input in inputs), np.uint64)

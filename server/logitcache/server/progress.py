@@ -1,0 +1,127 @@
+"""Progress of long work on stderr: a bar when a person watches, plain lines when a log does."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_EVERY_S = 10.0
+"""Seconds between two plain lines."""
+
+
+class Reporter(Protocol):
+    """Where precompute tells how far it is."""
+
+    def begin(self, activity: str, rows: int) -> None:
+        """Some activity over so many rows begins; the one before has ended."""
+
+    def advance(self, rows: int) -> None:
+        """So many more rows are done."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should read, now and in the log."""
+
+
+class Silent:
+    """Reports nothing; for callers that are programs."""
+
+    def begin(self, activity: str, rows: int) -> None:
+        """Nothing."""
+
+    def advance(self, rows: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+class _RowRate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "- rows/s")
+
+
+class Bar:
+    """A progress bar with rows/s and the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RowRate(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(file=stream), transient=False, speed_estimate_period=30)
+        self._task = None
+
+    def begin(self, activity: str, rows: int) -> None:
+        """Start the next bar."""
+        self._task = self._progress.add_task(activity, total=rows)
+
+    def advance(self, rows: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.advance(self._task, rows)
+
+    def note(self, text: str) -> None:
+        """Print above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class Lines:
+    """A line when an activity begins and ends, and one every ten seconds between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._activity, self._total, self._done, self._began, self._next = "", 0, 0, 0.0, 0.0
+
+    def begin(self, activity: str, rows: int) -> None:
+        """Print the activity and its size."""
+        self._activity, self._total, self._done, self._began = activity, rows, 0, time.monotonic()
+        self._next = self._began + LINE_EVERY_S
+        self.note(f"{activity}: {rows:,} rows")
+
+    def advance(self, rows: int) -> None:
+        """Print a line if it is time for one."""
+        self._done += rows
+        now = time.monotonic()
+        if now < self._next and self._done < self._total:
+            return
+        self._next = now + LINE_EVERY_S
+        rate = self._done / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        self.note(
+            f"{self._activity}: {self._done:,}/{self._total:,} rows ({100 * self._done / max(1, self._total):.0f} %), "
+            f"{rate:,.0f} rows/s, {left:,.0f} s left"
+        )
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+
+def reporter(stream: TextIO | None = None) -> Bar | Lines:
+    """The reporter for a stream (default: stderr), used as a context manager."""
+    stream = stream or sys.stderr
+    return Bar(stream) if stream.isatty() else Lines(stream)

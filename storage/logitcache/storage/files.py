@@ -1,0 +1,104 @@
+"""The one layer that changes files: stage, fsync, link, rename, remove.
+
+Everything that a label set has on disk passes through these few operations, so that tests can fail or kill at each of
+them by overriding it. Reads do not pass here. It knows nothing of label sets.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from logitcache.labels.errors import DiskFull, StorageFault, StoreNotWritable
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Files:
+    """Primitive operations on local files; each either happened when it returns, or raised.
+
+    Raises (all operations):
+        DiskFull: no space or quota left.
+        StoreNotWritable: a read-only file system, or no permission.
+        StorageFault: any other refusal of the operating system, named.
+    """
+
+    def write(self, path: Path, data: Bytes) -> None:
+        """Create a file that must not exist yet, with this content."""
+        with explained(path), path.open("xb", buffering=0) as file:
+            rest = memoryview(data).cast("B")
+            while rest:
+                rest = rest[file.write(rest) :]
+
+    def fsync(self, path: Path) -> None:
+        """Return when a file's content, or a folder's list of names, would survive a power cut."""
+        with explained(path):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def link(self, staged: Path, final: Path) -> None:
+        """Give a file its final name, which must be free: two writers cannot both succeed."""
+        with explained(final):
+            os.link(staged, final)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Move a file or folder within the file system, replacing a file of the new name."""
+        with explained(new):
+            old.rename(new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; it may be gone already."""
+        with explained(path):
+            path.unlink(missing_ok=True)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder; it may exist already, its parent must."""
+        with explained(path):
+            path.mkdir(exist_ok=True)
+
+    def publish(self, staged: Path, final: Path) -> None:
+        """Link an already synced file to its final name and drop the staging name; the folder is still to be synced."""
+        self.link(staged, final)
+        self.remove(staged)
+
+    def create(self, staged: Path, final: Path, data: Bytes) -> None:
+        """Write a whole file so that it appears under its final name complete and durable, or not at all."""
+        self.write(staged, data)
+        self.fsync(staged)
+        self.publish(staged, final)
+        self.fsync(final.parent)
+
+    def replace(self, staged: Path, final: Path, data: Bytes) -> None:
+        """Write a whole file in the place of an older one: readers see the one or the other."""
+        self.write(staged, data)
+        self.fsync(staged)
+        self.rename(staged, final)
+        self.fsync(final.parent)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: OSError, path: Path) -> StorageFault:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            f"no space left for {path}; what is committed is kept: make room and run the same command again",
+            path=str(path),
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreNotWritable(
+            f"cannot write {path}: {error.strerror}; choose another --store, or mend its permissions "
+            "(it must be a local file system with hard links)",
+            path=str(path),
+        )
+    return StorageFault(f"{path}: {error.strerror or error}", path=str(path))

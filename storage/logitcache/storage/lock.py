@@ -1,0 +1,53 @@
+"""Who writes a label set: an advisory file lock that dies with its process, however that dies."""
+
+import fcntl
+import json
+import os
+import platform
+from pathlib import Path
+from types import TracebackType
+
+from logitcache.labels.errors import LabelSetLocked
+from logitcache.storage.files import explained
+
+
+class WriterLock:
+    """Held from construction to `release`: this process alone changes the label set.
+
+    The kernel gives the lock up when the process ends; the file stays and says who held it last.
+
+    Raises:
+        LabelSetLocked: another process, or another holder in this one, has it.
+        StoreNotWritable: the lock file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with explained(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._handle, 4096, 0).decode(errors="replace").strip()
+            os.close(self._handle)
+            raise LabelSetLocked(
+                f"label set {path.parent.name!r} is being written by another process ({holder or 'unknown'}): "
+                "wait for it, or stop it; nothing was changed",
+                label_set=path.parent.name,
+            ) from None
+        with explained(path):
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+
+    def release(self) -> None:
+        """Let others write; a second call does nothing."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> "WriterLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

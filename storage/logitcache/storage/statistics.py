@@ -1,0 +1,56 @@
+"""What is kept of how a shard was made: retained mass, timings, settings of the run.
+
+It lies beside the commits and outside what is hashed: rows never depend on it, and what does not read is left out.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from logitcache.labels.soft_labels import SoftLabels, temperature_name
+from logitcache.storage.layout import Places
+
+RetainedMass = dict[str, tuple[int, float, float]]
+"""By temperature: rows, sum and minimum of the probability that the stored k hold."""
+
+
+def read_statistics(places: Places, shard: int) -> dict[str, Any]:
+    """A shard's statistics; empty when there are none that read."""
+    try:
+        content = json.loads((places.statistics / f"{shard}.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def retained_mass(rows: SoftLabels) -> dict[str, dict[str, float]]:
+    """Rows, sum and minimum of the retained mass of some rows, by declared temperature, as statistics keep it."""
+    found = {}
+    for temperature in rows.temperatures:
+        retained = 1.0 - rows.residual_mass(temperature)
+        entry = {"rows": len(rows), "sum": float(np.sum(retained)), "min": float(np.min(retained))}
+        found[temperature_name(temperature)] = entry
+    return found
+
+
+def read_retained(places: Places, shard: int) -> RetainedMass:
+    """A shard's retained mass; empty when its statistics do not read."""
+    try:
+        entries = read_statistics(places, shard)["retained_mass"]
+        return {str(name): (int(e["rows"]), float(e["sum"]), float(e["min"])) for name, e in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def summed(shards: list[RetainedMass]) -> dict[str, dict[str, float]]:
+    """Mean and minimum over all rows of these shards, by temperature."""
+    known = [shard for shard in shards if shard]
+    return {
+        name: {
+            "mean": sum(shard[name][1] for shard in known) / max(1, sum(shard[name][0] for shard in known)),
+            "min": min(shard[name][2] for shard in known),
+        }
+        for name in (known[0] if known else ())
+        if all(name in shard for shard in known)
+    }
