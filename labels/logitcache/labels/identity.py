@@ -81,7 +81,11 @@ class Identity:
             raise ValueError(f"dtype={value['dtype']!r} or alignment={value['alignment']!r} is unknown")
         if value["selection"] != "top-k":
             raise ValueError(f"selection={value['selection']!r} is unknown")
-        if not isinstance(temperatures, list) or list(declared(temperatures)) != temperatures:
+        try:
+            canonical = list(declared(temperatures)) if isinstance(temperatures, list) else None
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
+        if canonical != temperatures:
             raise ValueError(f"temperatures={temperatures!r} are not sorted, distinct and with 1 among them")
         return cls(**value | {"teacher": TeacherId(**teacher), "temperatures": tuple(map(float, temperatures))})
 

@@ -29,7 +29,8 @@ def as_ids(ids: Any) -> Int64[np.ndarray, " examples"]:
         raise InvalidIds(f"ids must be one-dimensional, not of shape {array.shape}; for one example pass [id]")
     if array.size == 0:
         raise InvalidIds("ids is empty: ask for at least one example")
-    if array.dtype.kind not in "iu":
+    # NumPy would read True as 1.
+    if array.dtype.kind not in "iu" or (isinstance(ids, list | tuple) and bool in set(map(type, ids))):
         _refuse(ids, array)
     if array.dtype == np.uint64 and bool((array > np.iinfo(np.int64).max).any()):
         raise InvalidIds(f"id {int(array.max())} is beyond 64 signed bits")

@@ -101,7 +101,7 @@ class Stamps:
     """Which files hashed right the last time, on this machine; kept in one small file that may always be deleted."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._changed = path, False
         self._known: dict[str, tuple[str, tuple[Stamp, ...]]] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             for shard, (commit, stamps) in json.loads(path.read_bytes()).items():
@@ -114,9 +114,13 @@ class Stamps:
     def remember(self, files: OpenShard, commit: Commit) -> None:
         """These files hashed right for this commit."""
         self._known[str(files.shard)] = (commit.sha256, files.stamps)
+        self._changed = True
 
     def save(self, files: Files) -> None:
-        """Write the stamps down, if this process may: a reader of a read-only store simply verifies again."""
+        """Write the stamps down if there are new ones and this process may: without them, verifying is done again."""
+        if not self._changed:
+            return
+        self._changed = False
         data = json.dumps(self._known, separators=(",", ":")).encode()
         staged = self._path.with_name(f"stamps.{os.getpid()}.{time.monotonic_ns()}")
         with contextlib.suppress(StorageFault):

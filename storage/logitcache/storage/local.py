@@ -95,8 +95,8 @@ class LocalLabelSet:
 
     def fetch_body(
         self, ids: Any, *, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
-    ) -> UInt8[np.ndarray, " bytes"]:
-        """The same as one safetensors body, gathered straight into it; `wire.decode_rows` reads it."""
+    ) -> tuple[UInt8[np.ndarray, " bytes"], str | None]:
+        """The same as one safetensors body, gathered straight into it, and the digest; `wire.decode_rows` reads it."""
         body: list[np.ndarray] = []
 
         def allocate(fields: Fields, found: str | None) -> dict[str, np.ndarray]:
@@ -104,8 +104,8 @@ class LocalLabelSet:
             body[:] = [buffer]
             return views
 
-        self._fetch(ids, view, digest, on_missing, allocate)
-        return body[0]
+        _, served = self._fetch(ids, view, digest, on_missing, allocate)
+        return body[0], served
 
     def _fetch(
         self,

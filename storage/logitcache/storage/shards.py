@@ -82,7 +82,6 @@ class Shards:
         self._condemned: dict[int, _FileKey] = {}
         self._commit_keys: dict[int, _FileKey] = {}
         self._stamps = Stamps(places.stamps)
-        self._unsaved = False
         self._serial = 0
         self._lock = threading.RLock()
         self._looked_at = 0.0
@@ -171,7 +170,7 @@ class Shards:
                 if not sound and hash_now:
                     check_hashes(files, commit)
                     self._stamps.remember(files, commit)
-                    self._unsaved = sound = True
+                    sound = True
                 if not self.state.version[shard]:
                     for name, handle in files.handles.items():
                         self._arrays[name].place(shard, handle)
@@ -266,9 +265,7 @@ class Shards:
 
     def _save_stamps(self) -> None:
         with self._lock:
-            if self._unsaved:
-                self._stamps.save(self._files)
-                self._unsaved = False
+            self._stamps.save(self._files)
 
     def close(self) -> None:
         """Stop verifying and write the stamps down; mappings go when nothing refers to them."""

@@ -1,0 +1,125 @@
+"""The label sets of one store, opened when first asked for and kept open.
+
+A name is looked up among the folders of the store and never joined to a path unseen. Folders that appear or go are
+noticed within `LOOK_AGAIN_S`; one that cannot be opened is logged and answers with its own error, and the others are
+served all the same. Knows nothing of HTTP.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from logitcache.labels.errors import LogitcacheError, StorageFault
+from logitcache.labels.identity import check_name
+from logitcache.labels.label_set import Description, Limits
+from logitcache.server.logs import logger
+from logitcache.server.names import not_found
+from logitcache.storage import LocalLabelSet, label_set_names
+
+LOOK_AGAIN_S = 0.5
+"""How long a listing of the store is trusted."""
+
+Manifest = tuple[int, int, int]
+"""What tells a label set from another of the same name: device, inode and time of its manifest."""
+
+_log = logger(__name__)
+
+
+class Catalog:
+    """Open label sets by name. Safe to use from several threads."""
+
+    def __init__(
+        self, store: Path, *, verify: Literal["strict", "background"] = "strict", limits: Limits | None = None
+    ) -> None:
+        self.store = store
+        self._verify: Literal["strict", "background"] = verify
+        self._limits = limits or Limits()
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[Manifest | None, LocalLabelSet]] = {}
+        self._complained: dict[str, str] = {}
+        self._names: list[str] = []
+        self._looked_at = float("-inf")
+
+    def names(self) -> list[str]:
+        """Names of the label sets that the store holds now, sorted.
+
+        Raises:
+            StoreNotFound: the store is not there.
+            StorageFault: it cannot be listed.
+        """
+        with self._lock:
+            return list(self._look())
+
+    def get(self, name: str) -> LocalLabelSet:
+        """The label set of that name, opened if it was not.
+
+        Raises:
+            InvalidName: no label set can have this name.
+            LabelSetNotFound: the store holds none of this name; ``details["available"]`` lists those it holds.
+            StoreNotFound, StorageFault: the store or the label set cannot be read.
+        """
+        check_name(name)
+        with self._lock:
+            names = self._look()
+            if name not in names:
+                raise not_found(name, names)
+            if name not in self._open:
+                self._open[name] = (self._manifest(name), self._open_one(name))
+            return self._open[name][1]
+
+    def descriptions(self) -> Iterator[Description]:
+        """Description of each label set that can be opened; those that cannot are in the log."""
+        for name in self.names():
+            try:
+                yield self.get(name).describe()
+            except LogitcacheError as error:
+                self._complain(name, error)
+
+    def close(self) -> None:
+        """Close every label set. One that is asked for afterwards is opened anew."""
+        with self._lock:
+            for name in list(self._open):
+                self._forget(name)
+
+    def _look(self) -> list[str]:
+        """List the store if the last listing is old, and forget what is gone or was replaced."""
+        if time.monotonic() - self._looked_at < LOOK_AGAIN_S:
+            return self._names
+        try:
+            self._names = label_set_names(self.store)
+        except OSError as error:
+            raise StorageFault(f"the store {self.store} cannot be listed: {error.strerror}") from error
+        self._looked_at = time.monotonic()
+        for name, (manifest, _) in list(self._open.items()):
+            if name not in self._names or self._manifest(name) != manifest:
+                _log.info("label set closed", label_set=name, why="its folder is gone or was replaced")
+                self._forget(name)
+        return self._names
+
+    def _open_one(self, name: str) -> LocalLabelSet:
+        try:
+            label_set = LocalLabelSet(self.store / name, verify=self._verify, limits=self._limits)
+        except LogitcacheError as error:
+            self._complain(name, error)
+            raise
+        self._complained.pop(name, None)
+        _log.info("label set opened", label_set=name, path=str(self.store / name))
+        return label_set
+
+    def _forget(self, name: str) -> None:
+        self._open.pop(name)[1].close()
+
+    def _manifest(self, name: str) -> Manifest | None:
+        try:
+            status = (self.store / name / "zarr.json").stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+
+    def _complain(self, name: str, error: LogitcacheError) -> None:
+        """Log what is wrong with a label set, once until it changes."""
+        if self._complained.get(name) != error.message:
+            self._complained[name] = error.message
+            _log.error("label set cannot be served", label_set=name, code=error.code, detail=error.message)

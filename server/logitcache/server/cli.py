@@ -1,0 +1,270 @@
+"""The command line: arguments in, one function called, text out.
+
+Exit codes: 0 done, 1 an error of ours or damage found, 2 wrong usage, 130 interrupted. A subcommand imports what it
+needs when it runs, so that ``ls``, ``info``, ``fetch`` and ``verify`` work in the light install, and the others say
+which extra they lack.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from logitcache.labels.errors import LogitcacheError, ShardDamaged
+from logitcache.labels.identity import check_name
+from logitcache.server.listing import page, table
+from logitcache.server.names import not_found
+from logitcache.server.rows_json import parse_id, rows_to_json
+from logitcache.server.terminal import Commands, extra, sigterm_as_interrupt, store_option
+from logitcache.storage import LocalLabelSet, label_set_names
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="logitcache")
+@click.option("--debug", is_flag=True, envvar="LOGITCACHE_DEBUG", help="Show tracebacks.  [env: LOGITCACHE_DEBUG=1]")
+def cli(debug: bool) -> None:
+    """Precompute a teacher's top-k logits once, and serve them to every training loop.
+
+    \b
+    Example:
+      logitcache precompute digits --teacher my.models:teacher --dataset my.data:train --top-k 10
+      logitcache serve
+    """
+
+
+@contextmanager
+def open_label_set(
+    store: Path, name: str, verify: Literal["strict", "background"] = "strict"
+) -> Iterator[LocalLabelSet]:
+    """One label set of a store, closed afterwards; an unknown name is answered with those that are near."""
+    check_name(name)
+    names = label_set_names(store)
+    if name not in names:
+        raise not_found(name, names)
+    with closing(LocalLabelSet(store / name, verify=verify)) as label_set:
+        yield label_set
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--teacher", required=True, metavar="SPEC", help="module:callable that returns the teacher.")
+@click.option("--dataset", required=True, metavar="SPEC", help="module:callable that returns the dataset.")
+@store_option
+@click.option("--top-k", required=True, type=click.IntRange(min=1), help="Classes to store of each row.")
+@click.option(
+    "--temperature", "temperatures", multiple=True, type=float, help="Declare one besides 1; may be repeated."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a forward pass.")
+@click.option("--device", help="Where the teacher runs, as torch names it.  [default: a GPU if there is one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the stored logits, not of the teacher.",
+)
+@click.option("--rows-per-shard", type=click.IntRange(min=1), help="Rows committed together; a multiple of 4096.")
+@click.option(
+    "--loader-workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes that read the dataset.",
+)
+@click.option("--plan", "only_plan", is_flag=True, help="Say how large it gets and how long it takes, and stop.")
+def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: Any) -> None:
+    """Label a dataset with a teacher, as NAME.
+
+    The same line again resumes what was interrupted. The working folder is importable in a SPEC.
+
+    \b
+    Example:
+      logitcache precompute digits --teacher my.models:teacher --dataset my.data:train --top-k 10 --temperature 2
+    """
+    with extra("teacher", "precompute"):
+        from logitcache.server.plan import plan
+        from logitcache.server.precompute import precompute as run
+        from logitcache.server.preparation import Request
+        from logitcache.server.progress import reporter
+    request = Request(temperatures=temperatures, **arguments)
+    try:
+        with sigterm_as_interrupt():
+            if only_plan:
+                click.echo(str(plan(request)))
+                return
+            with reporter() as watcher:
+                summary = run(request, watcher)
+            click.echo(str(summary))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; what is committed is kept, and the same line again goes on from there"
+        ) from None
+
+
+@cli.command()
+@store_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option(
+    "--verify",
+    type=click.Choice(["strict", "background"]),
+    default="strict",
+    show_default=True,
+    help="strict: no row before its shard is hashed once.",
+)
+@click.option(
+    "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
+)
+def serve(store: Path, **options: Any) -> None:
+    """Serve the store's label sets over HTTP.
+
+    Until SIGTERM or Ctrl-C; requests under way are finished first. New label sets are served without a restart.
+
+    \b
+    Example:
+      logitcache serve --port 8000
+      curl localhost:8000/v1/label-sets/digits/fetch -H 'Content-Type: application/json' -d '{"ids": [3, 1, 4]}'
+    """
+    with extra("server", "serve"):
+        from logitcache.server import serve as server
+    server.serve(store, **options)
+
+
+@cli.command("ls")
+@store_option
+def list_label_sets(store: Path) -> None:
+    """List the label sets of the store.
+
+    \b
+    Example:
+      logitcache ls
+    """
+    descriptions, failed = [], False
+    for name in label_set_names(store):
+        try:
+            with open_label_set(store, name, verify="background") as label_set:
+                descriptions.append(label_set.describe())
+        except LogitcacheError as error:
+            click.echo(f"error: {error.message}", err=True)
+            failed = True
+    click.echo(table(descriptions))
+    if failed:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("name")
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON, as the server describes it.")
+def info(name: str, store: Path, as_json: bool) -> None:
+    """Tell what NAME is and how far it is.
+
+    \b
+    Example:
+      logitcache info digits
+    """
+    with open_label_set(store, name, verify="background") as label_set:
+        description = label_set.describe()
+    click.echo(json.dumps(description.to_json(), indent=2) if as_json else page(description))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@store_option
+@click.option("--view", default=0, show_default=True, help="Which augmentation.")
+@click.option("--digest", help="Fail unless this is the content.")
+@click.option(
+    "--on-missing",
+    type=click.Choice(["error", "mask"]),
+    default="error",
+    show_default=True,
+    help="What to do about ids without labels.",
+)
+@click.pass_context
+def fetch(ctx: click.Context, /, name: str, ids: tuple[str, ...], store: Path, **options: Any) -> None:
+    """Print soft labels of examples as JSON.
+
+    It is what the server answers to the same ids.
+
+    \b
+    Example:
+      logitcache fetch digits 3 1 4
+    """
+    # A negative id looks like an option to click, so unknown options come here as ids.
+    known = [name for option in ctx.command.params for name in option.opts]
+    for option in ids:
+        if option.startswith("--"):
+            raise click.NoSuchOption(option, possibilities=known, ctx=ctx)
+    wanted = list(map(parse_id, ids))
+    with open_label_set(store, name) as label_set:
+        click.echo(json.dumps(rows_to_json(label_set.fetch(wanted, **options))))
+
+
+@cli.command()
+@click.argument("name")
+@store_option
+def verify(name: str, store: Path) -> None:
+    """Hash every shard of NAME anew.
+
+    Damaged shards are named and no longer served, and the exit code is 1.
+
+    \b
+    Example:
+      logitcache verify digits
+    """
+    with open_label_set(store, name) as label_set:
+        with click.progressbar(length=0, label="verifying", file=sys.stderr) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            reports = label_set.verify_all(progress)
+        description = label_set.describe()
+    damaged = [report for report in reports if not report.ok]
+    for report in damaged:
+        click.echo(f"shard {report.shard}: {report.problem}")
+    if damaged:
+        raise ShardDamaged(
+            f"{len(damaged):,} of {description.shards.total:,} shards of {name!r} are damaged and are not served; "
+            "run its precompute again: it labels these shards anew and nothing else"
+        )
+    click.echo(
+        f"{len(reports):,} shards are what their commits say; {description.examples - description.labelled:,} "
+        "examples are not labelled"
+    )
+
+
+@cli.command()
+@click.option(
+    "--out",
+    default="./demo-output",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the label set, the table and the plot.",
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Students a method.")
+@click.option("--quick", is_flag=True, help="A smaller run, to see that it works.")
+def demo(out: Path, seeds: int, quick: bool) -> None:
+    """Distil digits with cached labels, and compare.
+
+    The same student, from the same seeds: on hard labels only, with the live teacher, and from cached labels over HTTP.
+
+    \b
+    Example:
+      logitcache demo --seeds 1 --quick
+    """
+    with extra("demo", "demo"):
+        from logitcache.server.demo import main as demonstration
+    with sigterm_as_interrupt():
+        demonstration.run(out, seeds, quick)
+
+
+def main() -> None:
+    """Entry point of the ``logitcache`` command."""
+    cli(prog_name="logitcache")

@@ -1,0 +1,1 @@
+"""A demonstration on handwritten digits: what distillation costs with a live teacher and with cached labels."""

@@ -1,0 +1,77 @@
+"""Label sets as text for a terminal: the table of ``logitcache ls`` and the page of ``logitcache info``.
+
+Pure functions of descriptions; knows nothing of stores or of click.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from logitcache.labels.label_set import Description
+from logitcache.server.wording import size
+
+HEADINGS = ("NAME", "EXAMPLES", "LABELLED", "TOP-K", "CLASSES", "SIZE", "TEACHER", "DIGEST")
+_LEFT = frozenset({"NAME", "TEACHER", "DIGEST"})
+
+
+def table(descriptions: Iterable[Description]) -> str:
+    """One aligned line a label set, under headings."""
+    rows = [HEADINGS, *(_cells(description) for description in descriptions)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _cells(description: Description) -> tuple[str, ...]:
+    identity = description.identity
+    return (
+        description.name,
+        f"{description.examples:,}",
+        labelled(description),
+        str(identity.k),
+        f"{identity.classes:,}",
+        size(description.label_bytes),
+        identity.teacher.name,
+        short_digest(description.digest),
+    )
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = (
+        text.ljust(width) if heading in _LEFT else text.rjust(width)
+        for text, width, heading in zip(row, widths, HEADINGS, strict=True)
+    )
+    return "  ".join(cells).rstrip()
+
+
+def page(description: Description) -> str:
+    """Everything about one label set, a line a fact."""
+    identity, shards = description.identity, description.shards
+    facts = {
+        "name": description.name,
+        "digest": description.digest or "none yet: run its precompute again to finish it",
+        "generation": "none yet" if description.generation is None else str(description.generation),
+        "teacher": identity.teacher.name,
+        "weights": identity.teacher.weights,
+        "preprocessing": identity.teacher.preprocessing or "not told",
+        "examples": f"{description.examples:,}",
+        "labelled": f"{description.labelled:,} ({labelled(description)})",
+        "stored": f"top {identity.k} of {identity.classes:,} classes as {identity.dtype}",
+        "temperatures": ", ".join(f"{value:g}" for value in identity.temperatures),
+        "shards": f"{shards.committed:,} of {shards.total:,} committed, {shards.damaged:,} damaged",
+        "size": size(description.label_bytes),
+        "a fetch": f"at most {description.limits.rows_a_fetch(description.row_spec.row_bytes):,} examples",
+    }
+    for temperature, mass in description.retained_mass.items():
+        facts[f"retained at T={temperature}"] = f"{mass['mean']:.4%} on average, {mass['min']:.4%} at least"
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+
+
+def labelled(description: Description) -> str:
+    """How much of a label set is labelled, as a percentage that says 100 % only when all is."""
+    if description.labelled == description.examples:
+        return "100%"
+    return f"{int(1000 * description.labelled / description.examples) / 10:.1f}%"
+
+
+def short_digest(digest: str | None) -> str:
+    """Enough of a digest to tell two apart at a glance."""
+    return "unfinished" if digest is None else digest[:19]

@@ -1,0 +1,60 @@
+"""Logs: one structured line an event, JSON for machines and readable for a person at a terminal.
+
+Modules log through `logger`; nothing appears until `configure` is called, which `logitcache serve` does, so that an app
+inside another program leaves that program's logging alone. uvicorn's own lines take the same way.
+"""
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+
+LEVELS = {"logitcache": logging.INFO, "uvicorn": logging.WARNING}
+"""What `configure` lets through, by the root of a tree of loggers. uvicorn tells at INFO what we tell ourselves."""
+
+
+def logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A structured logger over the standard library's logger of that name."""
+    bound: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    return bound
+
+
+def configure(stream: TextIO | None = None) -> None:
+    """Send the logs of logitcache and uvicorn to ``stream`` (stderr): JSON lines, or colours where it is a terminal."""
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_formatter(readable=stream.isatty()))
+    for name, level in LEVELS.items():
+        root = logging.getLogger(name)
+        root.handlers[:] = [handler]
+        root.setLevel(level)
+        root.propagate = False
+
+
+def _formatter(*, readable: bool) -> structlog.stdlib.ProcessorFormatter:
+    if readable:
+        last: list[structlog.typing.Processor] = [
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        ]
+    else:
+        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.TimeStamper(fmt="iso"),
+            *last,
+        ],
+    )

@@ -1,0 +1,72 @@
+"""Metrics in Prometheus' format: what the app answered, and how the label sets stand at the moment of the scrape.
+
+Label values are bounded whatever clients send: routes are templates, methods a fixed few, label sets those that exist.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from logitcache.labels.errors import LogitcacheError
+from logitcache.server.catalog import Catalog
+from logitcache.server.record import Record
+
+METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"})
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the latency histogram; a warm batch takes one to ten milliseconds."""
+
+
+class Metrics:
+    """Counters of one app, in a registry of its own, so that two apps in a process do not mix."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "logitcache_requests", "Requests answered", ("method", "route", "status"), registry=self.registry
+        )
+        self._seconds = Histogram(
+            "logitcache_request_seconds", "Time to the last byte", ("route",), buckets=SECONDS, registry=self.registry
+        )
+        self._rows = Counter("logitcache_rows_served", "Rows sent", ("label_set",), registry=self.registry)
+        self._bytes = Counter(
+            "logitcache_response_bytes", "Bytes of bodies sent", ("label_set",), registry=self.registry
+        )
+        self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=self.registry)
+        self.registry.register(LabelSetGauges(catalog))
+
+    def observe(self, record: Record) -> None:
+        """Count one request that was answered."""
+        method = record.method if record.method in METHODS else "other"
+        self._requests.labels(method, record.route, record.status).inc()
+        self._seconds.labels(record.route).observe(record.seconds)
+        if record.code is not None:
+            self._errors.labels(record.code).inc()
+        if record.label_set is not None:
+            self._rows.labels(record.label_set).inc(record.rows)
+            self._bytes.labels(record.label_set).inc(record.body_bytes)
+
+
+class LabelSetGauges(Collector):
+    """Gauges that are read from the label sets when Prometheus asks."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Examples and shards of every label set that can be opened; none when the store cannot be listed."""
+        examples = GaugeMetricFamily(
+            "logitcache_label_set_examples", "Examples by state", labels=("label_set", "state")
+        )
+        shards = GaugeMetricFamily("logitcache_label_set_shards", "Shards by state", labels=("label_set", "state"))
+        try:
+            for label_set in self._catalog.descriptions():
+                examples.add_metric((label_set.name, "total"), label_set.examples)
+                examples.add_metric((label_set.name, "labelled"), label_set.labelled)
+                for state in ("total", "committed", "verified", "damaged"):
+                    shards.add_metric((label_set.name, state), getattr(label_set.shards, state))
+        except LogitcacheError:
+            return
+        yield examples
+        yield shards

@@ -1,0 +1,104 @@
+"""The one middleware: a request id, an access log line, metrics, and a problem for what nobody caught.
+
+Pure ASGI: it sees the response as it is sent, adds one header, and neither buffers nor copies a body.
+"""
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logitcache.server.logs import logger
+from logitcache.server.metrics import Metrics
+from logitcache.server.problems import problem_response, unforeseen
+from logitcache.server.record import UNMATCHED, Record
+
+CLIENT_GONE = 499
+"""Status in log and metrics when the client hung up before it had its answer (nginx's convention; nothing is sent)."""
+
+FRAMEWORKS_OWN = frozenset({"/docs", "/openapi.json"})
+"""Paths that FastAPI answers by itself, without telling the scope which route took them."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_log = logger(__name__)
+
+
+class Observed:
+    """Wraps an app: every request gets a `Record`, and every record ends in the log and in the metrics."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, and note it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(request_id(Headers(scope=scope)), scope["method"])
+        record.put_in(scope)
+        began = time.perf_counter()
+        with structlog.contextvars.bound_contextvars(request_id=record.request_id):
+            try:
+                await _answer(self._app, record, scope, receive, _noting(record, send))
+            finally:
+                record.seconds = time.perf_counter() - began
+                record.route = _route(scope)
+                self._metrics.observe(record)
+                _access(record)
+
+
+def _route(scope: Scope) -> str:
+    if scope["path"] in FRAMEWORKS_OWN:
+        return str(scope["path"])
+    return str(getattr(scope.get("route"), "path", UNMATCHED))
+
+
+def request_id(headers: Headers) -> str:
+    """The client's ``X-Request-Id`` if it is one that can stand in a log line, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run the app; an exception that reaches us is logged and answered, unless an answer is half sent already."""
+    try:
+        await app(scope, receive, send)
+    except ClientDisconnect:
+        record.status, record.code = CLIENT_GONE, "client-gone"
+    except Exception:
+        _log.exception("request failed", method=record.method, path=scope["path"])
+        if record.answering:
+            raise
+        await problem_response(scope, unforeseen(record.request_id))(scope, receive, send)
+
+
+def _noting(record: Record, send: Send) -> Send:
+    async def noting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.answering, record.status = True, message["status"]
+            MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+        elif message["type"] == "http.response.body":
+            record.body_bytes += len(message.get("body", b""))
+        await send(message)
+
+    return noting
+
+
+def _access(record: Record) -> None:
+    tell = _log.error if record.status >= 500 else _log.info
+    optional = {"label_set": record.label_set, "code": record.code, "detail": record.detail}
+    tell(
+        "request",
+        method=record.method,
+        route=record.route,
+        status=record.status,
+        ms=round(record.seconds * 1000, 2),
+        bytes=record.body_bytes,
+        rows=record.rows,
+        **{name: value for name, value in optional.items() if value is not None},
+    )

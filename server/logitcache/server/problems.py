@@ -1,0 +1,86 @@
+"""Every refusal as problem+json: our own errors, those of the framework, and those that nobody foresaw.
+
+One function makes the response; the handlers only turn what they caught into a `LogitcacheError` that says what to do.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from logitcache.labels import problem
+from logitcache.labels.errors import (
+    SHOWN,
+    InvalidIds,
+    InvalidRequest,
+    LogitcacheError,
+    RequestRefused,
+    ServerFault,
+)
+from logitcache.server.record import Record
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error that a route or the framework raises with a problem."""
+
+    @app.exception_handler(LogitcacheError)
+    async def ours(request: Request, error: LogitcacheError) -> JSONResponse:
+        return problem_response(request.scope, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return problem_response(request.scope, invalid_request(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return problem_response(request.scope, _refused(request, error), error.headers)
+
+
+def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to a request that ended in this error; its record is told."""
+    record = Record.of(scope)
+    record.code, record.detail = error.code, error.message
+    content = problem.to_problem(error, record.request_id)
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if record.body_refused:
+        headers["Connection"] = "close"
+    return JSONResponse(content, content["status"], headers, media_type=problem.MEDIA_TYPE)
+
+
+def invalid_request(errors: Iterable[Mapping[str, Any]]) -> InvalidRequest:
+    """pydantic's complaints as one error that names each field: `InvalidIds` when they are all about ids."""
+    fields = [{"field": _field(error["loc"]), "problem": str(error["msg"])} for error in errors]
+    told = "; ".join(f"{field['field'] or 'body'}: {field['problem']}" for field in fields[:SHOWN])
+    if len(fields) > SHOWN:
+        told += f"; and {len(fields) - SHOWN:,} more"
+    about_ids = all(field["field"].split(".")[0] == "ids" for field in fields)
+    return (InvalidIds if about_ids else InvalidRequest)(told, fields=fields[:100])
+
+
+def _field(place: Sequence[int | str]) -> str:
+    """Name of a field as the client wrote it: the framework puts where it stood in front."""
+    return ".".join(str(part) for part in place if part not in ("body", "query", "path"))
+
+
+def unforeseen(request_id: str) -> ServerFault:
+    """What a client is told of an exception that nobody foresaw: nothing but where to look."""
+    return ServerFault(f"the server failed on this request; its log has the reason under request id {request_id}")
+
+
+def _refused(request: Request, error: HTTPException) -> LogitcacheError:
+    method, path = request.method, request.url.path
+    if error.status_code == 404:
+        message = f"there is nothing at {path}; the routes are listed at /docs"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{path} does not take {method}; use {allowed}"
+    else:
+        message = str(error.detail)
+    return RequestRefused(message, status=error.status_code)

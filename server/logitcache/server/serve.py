@@ -1,0 +1,184 @@
+"""Running the app: the socket, the refusals before it, the signals after it.
+
+One uvicorn worker. The socket is bound here and not by uvicorn, so that a port in use is an error that names the port,
+and port 0 is known before anyone is told.
+"""
+
+import errno
+import ipaddress
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from logitcache.labels.errors import InvalidRequest, ServerFault
+from logitcache.server import logs
+from logitcache.server.app import create_app
+from logitcache.server.catalog import Catalog
+from logitcache.storage import label_set_names
+
+KEEP_ALIVE_S = 120
+"""How long an idle connection is kept: longer than a training step, so that a loop connects once."""
+
+DRAIN_S = 20
+"""How long requests under way may take to finish after SIGTERM."""
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
+
+_log = logs.logger(__name__)
+
+
+def serve(
+    store: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    verify: Literal["strict", "background"] = "strict",
+    auth: Literal["none"] | None = None,
+) -> None:
+    """Serve the label sets of a store until SIGTERM or Ctrl-C; requests under way are finished first.
+
+    Raises:
+        StoreNotFound: the folder does not exist.
+        InvalidRequest: the address cannot be listened on, or is open to others and ``auth`` does not say "none".
+        KeyboardInterrupt: ended by Ctrl-C.
+    """
+    names = label_set_names(store)
+    with listening(host, port) as listener:
+        check_exposure(listener.getsockname()[0], auth)
+        logs.configure()
+        url = url_of(listener)
+        server = _Server(
+            create_app(Catalog(store, verify=verify)),
+            ready=lambda: _log.info(f"listening on {url}", url=url, store=str(store), label_sets=len(names)),
+        )
+        # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            _log.info("stopped", url=url)
+
+
+def _stop(_number: int, _frame: object) -> NoReturn:
+    sys.exit(0)
+
+
+@contextmanager
+def running(app: ASGIApp) -> Iterator[str]:
+    """The app on a free port of this machine, in a thread of this process, for as long as the context lasts.
+
+    Yields:
+        Its base URL, once it answers.
+
+    Raises:
+        ServerFault: it did not start.
+    """
+    ready = threading.Event()
+    with listening("127.0.0.1", 0) as listener:
+        server = _Server(app, ready=ready.set)
+
+        def run() -> None:
+            try:
+                # uvicorn leaves the process when it cannot start; here it is only this thread's to leave.
+                with suppress(SystemExit):
+                    server.run(sockets=[listener])
+            finally:
+                ready.set()
+
+        thread = threading.Thread(target=run, name="logitcache-server", daemon=True)
+        thread.start()
+        try:
+            ready.wait()
+            if not server.started:
+                raise ServerFault("the server did not start; the log has the reason")
+            yield url_of(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn as configured here; it says when it is ready."""
+
+    def __init__(self, app: ASGIApp, ready: Callable[[], object]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=DRAIN_S,
+            )
+        )
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._ready()
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens on this address; port 0 takes a free one.
+
+    Raises:
+        InvalidRequest: the port is in use or not permitted, or the host is not one of this machine's.
+    """
+    if not 0 <= port < 2**16:
+        raise InvalidRequest(f"port {port} does not exist: ports are 0 to 65535, and 0 takes a free one", port=port)
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        # asyncio does this for sockets that it binds itself. Without it Nagle's algorithm and delayed acknowledgements
+        # hold the last piece of every second answer back for 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        raise InvalidRequest(_why_not(host, port, error), host=host, port=port) from None
+    with listener:
+        yield listener
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use by another process; choose another, or `--port 0` for any free one"
+    if error.errno == errno.EACCES:
+        return f"this user may not listen on port {port}; choose one above 1023, or `--port 0` for any free one"
+    return f"cannot listen on {host} port {port}: {error}; choose an address of this machine, 127.0.0.1 for example"
+
+
+def url_of(listener: socket.socket) -> str:
+    """The URL at which a listening socket is reached from this machine."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_exposure(address: str, auth: Literal["none"] | None) -> None:
+    """Refuse an address to which others can connect, unless told that no keys are wanted.
+
+    Raises:
+        InvalidRequest: the address is not a loopback one and ``auth`` is not "none".
+    """
+    if auth == "none" or ipaddress.ip_address(address).is_loopback:
+        return
+    raise InvalidRequest(
+        f"{address} can be reached from other machines, and this version has no keys: anyone who connects could read "
+        "every label set. Serve on 127.0.0.1, or say `--auth none` if the network itself keeps others out",
+        host=address,
+    )

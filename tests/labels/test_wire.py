@@ -1,0 +1,150 @@
+"""The wire: safetensors bytes that any reader reads, and refusal of everything else."""
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays_of
+
+from logitcache.labels import wire
+from logitcache.labels.errors import MalformedMessage
+from logitcache.labels.soft_labels import RowSpec
+
+DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int32", "int64", "float16", "float32"]
+
+some_arrays = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+    st.sampled_from(DTYPES).flatmap(lambda dtype: arrays_of.arrays(dtype, arrays_of.array_shapes(min_dims=0, min_side=0))),
+    max_size=5,
+)
+
+
+def same(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+@given(some_arrays, st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3))
+def test_arrays_come_back_as_they_were_sent(content: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    arrays, found = wire.parse(wire.encode(content, metadata))
+    assert found == metadata
+    assert arrays.keys() == content.keys()
+    assert all(same(arrays[name], content[name]) for name in content)
+
+
+@given(some_arrays)
+def test_the_safetensors_library_reads_what_we_write(content: dict[str, np.ndarray]) -> None:
+    arrays = safetensors.numpy.load(wire.encode(content))
+    assert arrays.keys() == content.keys()
+    assert all(same(arrays[name], content[name]) for name in content)
+
+
+@given(some_arrays)
+def test_we_read_what_the_safetensors_library_writes(content: dict[str, np.ndarray]) -> None:
+    body = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in content.items()}, {"a": "b"})
+    arrays, metadata = wire.parse(body)
+    assert metadata == {"a": "b"}
+    assert all(arrays[name].tobytes() == content[name].tobytes() for name in content)
+
+
+@pytest.mark.parametrize("index_dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+@pytest.mark.parametrize("present", [False, True])
+def test_every_array_of_a_body_of_rows_is_aligned(index_dtype: str, dtype: str, rows: int, *, present: bool) -> None:
+    spec = RowSpec(3, index_dtype, dtype, (1.0, 2.0))
+    body, views = wire.allocate(spec.fields(rows, present=present), wire.row_metadata(spec.temperatures, None))
+    assert all(view.flags.aligned and np.shares_memory(view, body) for view in views.values())
+    for view in views.values():
+        view[...] = 1
+    soft = wire.decode_rows(body)
+    assert all(getattr(soft, name).flags.aligned for name in views)
+    assert np.shares_memory(soft.indices, body)
+    assert (soft.temperatures, soft.digest) == ((1.0, 2.0), None)
+    assert (soft.present is not None) == present
+
+
+def header(entries: Any, payload: bytes = b"", length: int | None = None) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + payload
+
+
+def one(**changes: Any) -> dict[str, Any]:
+    return {"ids": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]} | changes}
+
+
+ATTACKS = {
+    "nothing": b"",
+    "seven bytes": b"1234567",
+    "a header longer than the body": header({}, length=1 << 40),
+    "a header of 2^64 - 1 bytes": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "no JSON": header(b"{]"),
+    "JSON that is no object": header(b"[1]"),
+    "a number": header(b"3"),
+    "not UTF-8": header(b'{"\xff": 1}'),
+    "deep nesting": header(b"[" * 100_000),
+    "a name twice": header(
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"
+    ),
+    "an unknown dtype": header(one(dtype="F8_E4M3"), b"8bytes.."),
+    "an object dtype": header(one(dtype="O"), b"8bytes.."),
+    "a dtype that is no text": header(one(dtype=[1]), b"8bytes.."),
+    "a negative side": header(one(shape=[-1]), b"8bytes.."),
+    "a side that is a boolean": header(one(shape=[True]), b"8bytes.."),
+    "a side that is a float": header(one(shape=[1.0]), b"8bytes.."),
+    "sides whose product overflows": header(one(shape=[2**47, 2**47]), b"8bytes.."),
+    "too many sides": header(one(shape=[1] * 64), b"8bytes.."),
+    "offsets beyond the body": header(one(data_offsets=[0, 1 << 30], shape=[1 << 27]), b"8bytes.."),
+    "offsets backwards": header(one(data_offsets=[8, 0]), b"8bytes.."),
+    "offsets of another size": header(one(data_offsets=[0, 4]), b"4byt"),
+    "one offset": header(one(data_offsets=[0]), b"8bytes.."),
+    "no offsets": header({"ids": {"dtype": "I64", "shape": [1]}}, b"8bytes.."),
+    "a gap": header(one(data_offsets=[8, 16]), b"8bytes..8bytes.."),
+    "an overlap": header(one() | {"b": one()["ids"]}, b"8bytes.."),
+    "bytes left over": header(one(), b"8bytes..x"),
+    "bytes missing": header(one(), b"8byte"),
+    "metadata that are no texts": header({"__metadata__": {"a": 1}}),
+    "metadata that are a list": header({"__metadata__": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda name: name.replace(" ", "-"))
+def test_a_malformed_body_is_refused(attack: str) -> None:
+    with pytest.raises(MalformedMessage):
+        wire.parse(ATTACKS[attack])
+
+
+@given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
+def test_no_body_does_more_than_parse_or_be_refused(noise: bytes, place: int, value: int) -> None:
+    body = bytearray(wire.encode({"ids": np.arange(9)}, {"view": "0"}))
+    body[place % len(body)] = value
+    for candidate in (bytes(body), noise, bytes(body) + noise):
+        try:
+            wire.parse(candidate)
+        except MalformedMessage:
+            continue
+
+
+def test_rows_that_disagree_with_each_other_are_refused() -> None:
+    spec = RowSpec(3, "uint16", "float16", (1.0,))
+    good = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4).items()}
+    metadata = wire.row_metadata(spec.temperatures, "sha256:x")
+    assert wire.decode_rows(wire.encode(good, metadata)).digest == "sha256:x"
+    bad: list[dict[str, np.ndarray]] = [
+        good | {"logits": np.zeros((4, 2), np.float16)},
+        good | {"logit_max": np.zeros(5, np.float32)},
+        good | {"tail_logsumexp": np.zeros((4, 2), np.float32)},
+        good | {"indices": np.zeros((4, 3), np.int32)},
+        good | {"surprise": np.zeros(4, np.uint8)},
+        {name: array for name, array in good.items() if name != "fingerprint"},
+    ]
+    for arrays in bad:
+        with pytest.raises(MalformedMessage, match="soft labels"):
+            wire.decode_rows(wire.encode(arrays, metadata))
+    for broken in ({}, {"temperatures": "no"}, {"temperatures": "[null]"}):
+        with pytest.raises(MalformedMessage):
+            wire.decode_rows(wire.encode(good, broken))

@@ -1,0 +1,72 @@
+"""A small store on disk, and the real app over it on a real socket."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from logitcache.labels.identity import Identity, TeacherId
+from logitcache.server.app import create_app
+from logitcache.server.catalog import Catalog
+from logitcache.server.serve import running
+from logitcache.storage.writer import LabelSetWriter
+
+EXAMPLES = 10_000
+ROWS_PER_SHARD = 4096
+IDENTITY = Identity(TeacherId("resnet", "sha256:aa", "crop"), k=3, classes=10, temperatures=(1.0, 2.0), dtype="float16")
+
+
+def shard_arrays(span: range) -> dict[str, np.ndarray]:
+    """Rows that tell their own id: `logit_max` and `fingerprint` hold it, and one row in ten has a -inf logit."""
+    ids = np.arange(span.start, span.stop)
+    logits = np.tile(np.array([0, -0.5, -2], np.float16), (len(ids), 1))
+    logits[ids % 10 == 7, 2] = -np.inf
+    scalars = np.stack([ids.astype(np.float32), np.full(len(ids), -3.0), np.full(len(ids), -1.5)], 1).astype(np.float32)
+    return {
+        "ids": ids.astype(np.int64),
+        "fingerprint": (ids.astype(np.uint64) + np.uint64(2**63))[:, None],
+        "indices": np.stack([ids % 10, (ids + 1) % 10, (ids + 2) % 10], 1).astype(np.uint16),
+        "logits": logits,
+        "scalars": scalars,
+    }
+
+
+def write_label_set(path: Path, shards: int = 3) -> None:
+    """A label set of `EXAMPLES` with its first shards labelled; sealed when all three are."""
+    with LabelSetWriter(path, IDENTITY, EXAMPLES, rows_per_shard=ROWS_PER_SHARD) as writer:
+        for shard in range(shards):
+            writer.commit(shard, shard_arrays(writer.layout.span(shard)), {"retained_mass": {}})
+        if not writer.missing:
+            writer.seal()
+
+
+@pytest.fixture(scope="session")
+def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the complete label set ``digits`` and the unfinished ``half``. Only to be read."""
+    store = tmp_path_factory.mktemp("store")
+    write_label_set(store / "digits")
+    write_label_set(store / "half", shards=1)
+    return store
+
+
+@pytest.fixture
+def own_store(finished_store: Path, tmp_path: Path) -> Path:
+    """A copy of the store for a test that changes it."""
+    return Path(shutil.copytree(finished_store, tmp_path / "label-sets"))
+
+
+@pytest.fixture(scope="session")
+def server(finished_store: Path) -> Iterator[httpx.Client]:
+    """A client of a server over the finished store."""
+    with running(create_app(Catalog(finished_store))) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.fixture
+def own_server(own_store: Path) -> Iterator[httpx.Client]:
+    """A client of a server over this test's own store."""
+    with running(create_app(Catalog(own_store))) as url, httpx.Client(base_url=url) as client:
+        yield client

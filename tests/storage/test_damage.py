@@ -1,0 +1,247 @@
+"""Damage of every kind is found before a row of it is served, named, moved aside, and repaired by writing again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from logitcache.labels.errors import RowsMissing
+from logitcache.storage import LocalLabelSet
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.conformance import assert_rows_equal
+
+DAMAGED = 1
+"""The shard that is damaged; its neighbours must stay served."""
+
+
+@pytest.fixture(scope="session")
+def source() -> Reference:
+    return reference(3)
+
+
+@pytest.fixture(scope="session")
+def sound(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("store") / "sound", source)
+
+
+@pytest.fixture
+def label_set(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "store" / "set"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    path.write_bytes(content)
+
+
+def swap_with_the_next_shard(path: Path) -> None:
+    other = path.with_name(path.name.replace(f"c.{DAMAGED}", f"c.{DAMAGED + 1}"))
+    path.unlink()
+    shutil.copyfile(other, path)
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_elsewhere(path: Path) -> None:
+    moved = path.rename(path.with_name("moved"))
+    path.symlink_to(moved)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped-bit": flip_a_bit,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-4096]),
+    "grown": lambda path: path.write_bytes(path.read_bytes() + bytes(4096)),
+    "zero-length": lambda path: path.write_bytes(b""),
+    "all-zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": Path.unlink,
+    "swapped": swap_with_the_next_shard,
+    "a-folder": make_a_folder,
+    "a-symbolic-link": link_elsewhere,
+}
+KEYS = {"ids": "c.1", "fingerprint": "c.1.0", "indices": "c.1.0", "logits": "c.1.0", "scalars": "c.1.0"}
+CASES = [(damage, "logits") for damage in DAMAGES] + [
+    (damage, name) for damage in ("flipped-bit", "missing") for name in KEYS if name != "logits"
+]
+
+
+@pytest.mark.parametrize(("damage", "array"), CASES)
+def test_damage_is_found_named_quarantined_and_repaired(
+    label_set: Path, source: Reference, damage: str, array: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DAMAGES[damage](label_set / array / KEYS[array])
+    digest = LocalLabelSet(label_set.with_name("set")).describe().digest
+
+    reader = LocalLabelSet(label_set)
+    inside = DAMAGED * ROWS_PER_SHARD + 17
+    with pytest.raises(RowsMissing, match=r"withdrawn as damaged: 1; run its precompute again") as caught:
+        reader.fetch([3, inside])
+    assert caught.value.unlabelled == [inside]
+    assert_rows_equal(reader.fetch([3, 2 * ROWS_PER_SHARD]), source, np.array([3, 2 * ROWS_PER_SHARD]))
+    assert list(reader.damaged()) == [DAMAGED]
+    assert "shard 1" in caplog.text
+    assert not (label_set / "commits" / "1.json").exists()
+    [quarantined] = (label_set / "quarantine").iterdir()
+    assert "shard 1" in (quarantined / "problem.txt").read_text()
+    assert (quarantined / "commit.json").exists()
+
+    with writer_of(label_set, source) as writer:
+        assert writer.missing == [DAMAGED]
+        commit_shards(writer, source, [DAMAGED])
+        generation = writer.seal()
+    assert (generation.number, generation.digest) == (1, digest)
+    reader._shards.refresh()
+    assert_rows_equal(reader.fetch([inside]), source, np.array([inside]))
+    assert reader.damaged() == {}
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"null", b"[" * 100_000, b'{"shard":1}', b"\xff\xfe"], ids=lambda content: repr(content[:12])
+)
+def test_a_damaged_commit_withdraws_its_shard(label_set: Path, source: Reference, content: bytes) -> None:
+    (label_set / "commits" / "1.json").write_bytes(content)
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing, match="damaged"):
+        reader.fetch([ROWS_PER_SHARD])
+    assert len(reader.fetch([0])) == 1
+    reader.close()
+    with writer_of(label_set, source) as writer:
+        assert writer.missing == [1]
+
+
+def test_a_commit_with_another_hash_in_it_serves_nothing_of_its_shard(label_set: Path) -> None:
+    path = label_set / "commits" / "1.json"
+    text = path.read_text()
+    at = text.index('"sha256":"') + 12
+    path.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing):
+        reader.fetch([ROWS_PER_SHARD])
+    reader.close()
+
+
+def test_a_damaged_generation_is_not_trusted_and_is_made_again(label_set: Path, source: Reference) -> None:
+    path = label_set / "generations" / "1.json"
+    text = path.read_text()
+    path.write_text(text.replace("sha256:", "sha256:0", 1))
+    reader = LocalLabelSet(label_set)
+    assert reader.describe().digest is None
+    reader.close()
+    with writer_of(label_set, source) as writer:
+        assert (writer.missing, writer.seal().number) == ([], 2)
+
+
+def test_damage_that_arises_after_verification_is_found_by_verifying_again(label_set: Path, source: Reference) -> None:
+    reader = LocalLabelSet(label_set)
+    assert all(report.ok for report in reader.verify_all())
+    flip_a_bit(label_set / "indices" / "c.1.0")
+    reports = reader.verify_all()
+    assert [report.shard for report in reports if not report.ok] == [DAMAGED]
+    with pytest.raises(RowsMissing, match="damaged"):
+        reader.fetch([ROWS_PER_SHARD])
+    reader.close()
+
+
+def test_stamps_spare_the_hash_only_of_files_that_did_not_change(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LocalLabelSet(label_set).verify_all()
+    hashed: list[int] = []
+    from logitcache.storage import shards
+
+    check = shards.check_hashes
+
+    def counted(files: object, commit: object) -> None:
+        hashed.append(files.shard)  # type: ignore[attr-defined]
+        check(files, commit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "check_hashes", counted)
+    reader = LocalLabelSet(label_set)
+    reader.fetch([0, ROWS_PER_SHARD, 2 * ROWS_PER_SHARD])
+    reader.close()
+    assert hashed == []
+    flip_a_bit(label_set / "logits" / "c.2.0")
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing):
+        reader.fetch([2 * ROWS_PER_SHARD])
+    reader.close()
+    assert hashed == [2]
+
+
+def test_damaged_stamps_are_ignored(label_set: Path, source: Reference) -> None:
+    for content in (b"", b"[]", b'{"0": 3}', b'{"0": ["x", [[1]]]}', b"\xff"):
+        (label_set / "stamps.json").write_bytes(content)
+        reader = LocalLabelSet(label_set)
+        assert_rows_equal(reader.fetch([1]), source, np.array([1]))
+        reader.close()
+
+
+def test_in_background_mode_a_damaged_shard_is_withdrawn_when_it_is_found(label_set: Path) -> None:
+    flip_a_bit(label_set / "logits" / "c.1.0")
+    reader = LocalLabelSet(label_set, verify="background")
+    verifier = reader._shards._verifier
+    assert verifier is not None
+    verifier.join()
+    with pytest.raises(RowsMissing, match="damaged"):
+        reader.fetch([ROWS_PER_SHARD])
+    reader.close()
+
+
+def test_a_damaged_shard_stays_where_it_is_while_another_process_writes(label_set: Path, source: Reference) -> None:
+    with writer_of(label_set, source):
+        flip_a_bit(label_set / "logits" / "c.1.0")
+        reader = LocalLabelSet(label_set)
+        with pytest.raises(RowsMissing, match="damaged"):
+            reader.fetch([ROWS_PER_SHARD])
+        assert (label_set / "commits" / "1.json").exists()
+        reader._shards.refresh()
+        with pytest.raises(RowsMissing, match="damaged"):
+            reader.fetch([ROWS_PER_SHARD])
+        reader.close()
+
+
+def test_a_repair_that_gives_other_bytes_becomes_a_new_generation(label_set: Path, source: Reference) -> None:
+    reader = LocalLabelSet(label_set)
+    old = reader.describe().digest
+    flip_a_bit(label_set / "scalars" / "c.1.0")
+    reader.verify_all()
+    other = Reference(source.layout, source.logits + np.float64(1))
+    with writer_of(label_set, source) as writer:
+        commit_shards(writer, other, writer.missing)
+        # Until it is sealed, what was committed belongs to no generation: it is not served.
+        reader._shards.refresh()
+        with pytest.raises(RowsMissing):
+            reader.fetch([ROWS_PER_SHARD])
+        generation = writer.seal()
+    assert generation.number == 2
+    reader._shards.refresh()
+    assert reader.fetch([ROWS_PER_SHARD]).digest == generation.digest != old
+    reader.close()
+
+
+def test_rows_that_are_withdrawn_while_they_are_gathered_are_not_returned(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    flip_a_bit(label_set / "logits" / "c.1.0")
+    gather = reader._gather
+    calls: list[int] = []
+
+    def withdrawn_meanwhile(*arguments: object) -> None:
+        gather(*arguments)  # type: ignore[arg-type]
+        calls.append(1)
+        if len(calls) == 1:
+            reader.verify_all()
+
+    monkeypatch.setattr(reader, "_gather", withdrawn_meanwhile)
+    with pytest.raises(RowsMissing, match="damaged"):
+        reader.fetch([ROWS_PER_SHARD])
+    assert calls == [1]
+    reader.close()
