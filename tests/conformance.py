@@ -1,7 +1,7 @@
 """What every reader of a label set must do. A reader's tests subclass `LabelSetConformance` beside three fixtures.
 
-``source`` is the dense reference, ``complete`` a reader of the finished label set made from it (with at least three shards),
-``partial`` a reader of one of which only shard 0 is committed.
+``source`` is the dense reference, ``complete`` a reader of the finished label set made from it (with at least three
+shards), ``partial`` a reader of one of which only shard 0 is committed.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.building import ROWS_PER_SHARD, Reference
 
 from logitcache.labels.errors import (
     DigestChanged,
@@ -22,10 +23,11 @@ from logitcache.labels.errors import (
 )
 from logitcache.labels.label_set import LabelSet
 from logitcache.labels.soft_labels import SoftLabels
-from tests.building import ROWS_PER_SHARD, Reference
 
 ORDERS = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 FLOAT16_RELATIVE = 2.0**-11
 """Half a unit in the last place of a float16, relative."""

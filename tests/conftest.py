@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import hypothesis
 import jaxtyping
 import pytest
-
 import tests.typechecker  # noqa: F401
 
 # No deadline: machines are shared. Fixed seeds in CI would only find the same examples again.

@@ -1,4 +1,4 @@
-"""The run-time check of annotations in tests: beartype, with an int accepted where a float is asked for, as in Python itself."""
+"""The run-time check of annotations in tests: beartype, with an int accepted for a float, as in Python itself."""
 
 from beartype import BeartypeConf, beartype
 

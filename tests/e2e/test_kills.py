@@ -1,7 +1,7 @@
 """Killed at any moment: nothing committed is labelled twice, nothing uncommitted is served, the digest is that of an
 undisturbed run.
 
-Children are forked from a server process that has torch loaded already, so that a run costs what it does and not an import.
+Children are forked from a process that has torch loaded already, so that a run costs what it does and not an import.
 The default suite tries every kind of operation in a few shards; `make proof` tries first, middle and last of fifty, and
 twenty random moments.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.e2e.workload import times_labelled, workload
+from tests.storage.faults import Counting, killed
 
 from logitcache.labels.errors import RowsMissing
 from logitcache.server.precompute import precompute
 from logitcache.storage import LocalLabelSet
-from tests.e2e.workload import times_labelled, workload
-from tests.storage.faults import Counting, killed
 
 SHARD_ROWS = 4096
 PROOF_SHARDS = 50

@@ -1,7 +1,7 @@
 """Generated classification data and a teacher that counts its calls, for tests of precompute as a whole.
 
-The SPEC callables take their size from environment variables, since a SPEC has no arguments. The teacher appends the first
-feature of every example that it labels, which is the example's ordinal, to a file: across processes, one line a batch.
+The SPEC callables take their size from environment variables, since a SPEC has no arguments. The first feature of an
+example is its ordinal; the teacher appends that and the size of each batch to a file, a line a batch, across processes.
 """
 
 import os

@@ -18,7 +18,7 @@ def test_the_tree_drawn_at_the_top_is_the_tree_of_the_classes() -> None:
 
 
 def test_codes_are_distinct() -> None:
-    every = [errors.LogitcacheError, *errors._subclasses(errors.LogitcacheError)]
+    every: list[type[errors.LogitcacheError]] = [errors.LogitcacheError, *errors._subclasses(errors.LogitcacheError)]
     assert len({kind.code for kind in every}) == len(every) == len(errors.BY_CODE)
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.building import Reference, reference
 
 from logitcache.labels.errors import ShapeMismatch, UndeclaredTemperature
 from logitcache.labels.soft_labels import RowSpec, SoftLabels, concatenate, temperature_name
-from tests.building import Reference, reference
 
 
 def rows_of(source: Reference, count: int) -> SoftLabels:
@@ -33,7 +33,14 @@ def test_stored_probabilities_and_residual_mass_sum_to_one(seed: int, temperatur
 
 def test_residual_mass_is_accurate_however_small() -> None:
     source = reference(1, short_by=4090, k=3, classes=4, dtype="float32")
-    source.logits[:] = [[0, -1, -2, -40], [0, -1, -2, -80], [0, 0, 0, -20], [5, 4, 3, -95], [1, 1, 0, -50], [0, 0, -9, -9]]
+    source.logits[:] = [
+        [0, -1, -2, -40],
+        [0, -1, -2, -80],
+        [0, 0, 0, -20],
+        [5, 4, 3, -95],
+        [1, 1, 0, -50],
+        [0, 0, -9, -9],
+    ]
     soft = rows_of(source, 6)
     dense = source.probs(1.0)
     assert np.allclose(soft.residual_mass(1.0), np.sort(dense, 1)[:, 0], rtol=1e-5, atol=0)

@@ -19,7 +19,9 @@ DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int32", "int64", "floa
 
 some_arrays = st.dictionaries(
     st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
-    st.sampled_from(DTYPES).flatmap(lambda dtype: arrays_of.arrays(dtype, arrays_of.array_shapes(min_dims=0, min_side=0))),
+    st.sampled_from(DTYPES).flatmap(
+        lambda dtype: arrays_of.arrays(dtype, arrays_of.array_shapes(min_dims=0, min_side=0))
+    ),
     max_size=5,
 )
 
@@ -88,7 +90,8 @@ ATTACKS = {
     "not UTF-8": header(b'{"\xff": 1}'),
     "deep nesting": header(b"[" * 100_000),
     "a name twice": header(
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b"1",
     ),
     "an unknown dtype": header(one(dtype="F8_E4M3"), b"8bytes.."),
     "an object dtype": header(one(dtype="O"), b"8bytes.."),

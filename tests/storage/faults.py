@@ -14,7 +14,7 @@ OPERATIONS = ("write", "fsync", "link", "rename", "remove", "make_folder")
 
 @dataclass
 class Counting(Files):
-    """Counts operations, and calls ``at`` before each: ``at(number, operation, path)``; ``torn`` tells it may write half."""
+    """Counts operations, and calls ``at(number, operation, path)`` before each of them."""
 
     at: Callable[[int, str, Path], None]
     number: int = 0

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import RowsMissing
 from logitcache.storage import LocalLabelSet
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
-from tests.conformance import assert_rows_equal
 
 DAMAGED = 1
 """The shard that is damaged; its neighbours must stay served."""
@@ -53,7 +53,7 @@ def link_elsewhere(path: Path) -> None:
     path.symlink_to(moved)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped-bit": flip_a_bit,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-4096]),
     "grown": lambda path: path.write_bytes(path.read_bytes() + bytes(4096)),
@@ -102,7 +102,9 @@ def test_damage_is_found_named_quarantined_and_repaired(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"null", b"[" * 100_000, b'{"shard":1}', b"\xff\xfe"], ids=lambda content: repr(content[:12])
+    "content",
+    [b"", b"{}", b"null", b"[" * 100_000, b'{"shard":1}', b"\xff\xfe"],
+    ids=lambda content: repr(content[:12]),
 )
 def test_a_damaged_commit_withdraws_its_shard(label_set: Path, source: Reference, content: bytes) -> None:
     (label_set / "commits" / "1.json").write_bytes(content)
@@ -153,9 +155,9 @@ def test_stamps_spare_the_hash_only_of_files_that_did_not_change(
 ) -> None:
     LocalLabelSet(label_set).verify_all()
     hashed: list[int] = []
-    from logitcache.storage import shards
+    from logitcache.storage import admission, shards
 
-    check = shards.check_hashes
+    check = admission.check_hashes
 
     def counted(files: object, commit: object) -> None:
         hashed.append(files.shard)  # type: ignore[attr-defined]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from tests.building import Reference, build, reference
 
 from logitcache.storage import LocalLabelSet
-from tests.building import Reference, build, reference
 
 ARRAYS = ("ids", "fingerprint", "indices", "logits", "scalars")
 

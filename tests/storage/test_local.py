@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.conformance import LabelSetConformance, assert_rows_equal, fetch_beyond_the_limit
 
 from logitcache.labels import wire
 from logitcache.labels.errors import LabelSetNotFound, NewerFormat, NotALabelSet, RowsMissing, StoreNotFound
 from logitcache.labels.label_set import Limits
 from logitcache.storage import LocalLabelSet, label_set_names
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
-from tests.conformance import LabelSetConformance, assert_rows_equal, fetch_beyond_the_limit
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from tests.building import Reference, build, commit_shards, reference, writer_of
+from tests.conformance import assert_rows_equal
+from tests.storage.faults import Counting, failing, full_disk
 
 from logitcache.labels.errors import (
     DatasetChanged,
@@ -31,9 +34,6 @@ from logitcache.labels.identity import TeacherId, label_set_digest
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.layout import Layout, default_rows_per_shard
 from logitcache.storage.writer import LabelSetWriter
-from tests.building import Reference, build, commit_shards, reference, writer_of
-from tests.conformance import assert_rows_equal
-from tests.storage.faults import Counting, failing, full_disk
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,10 @@ def test_the_lock_dies_with_its_process(source: Reference, path: Path) -> None:
         ({"k": 5}, "k was 4 and is now 5"),
         ({"temperatures": (1.0, 3.0)}, "temperatures was"),
         ({"dtype": "float32"}, "dtype was 'float16' and is now 'float32'"),
-        ({"teacher": TeacherId("reference", "other weights")}, "teacher.weights was 'seed 0' and is now 'other weights'"),
+        (
+            {"teacher": TeacherId("reference", "other weights")},
+            "teacher.weights was 'seed 0' and is now 'other weights'",
+        ),
         ({"teacher": TeacherId("reference", "seed 0", "crop")}, "teacher.preprocessing was '' and is now 'crop'"),
         ({"classes": 21}, "classes was 20 and is now 21"),
     ],
@@ -258,7 +261,9 @@ def test_a_full_disk_is_named_gives_back_what_was_staged_and_keeps_what_was_comm
     source: Reference, path: Path
 ) -> None:
     log = operations_of_a_run(source, path.parent.with_name("other") / "x")
-    number = next(at for at, (operation, name) in enumerate(log) if operation == "write" and name.startswith("scalars.1"))
+    number = next(
+        at for at, (operation, name) in enumerate(log) if operation == "write" and name.startswith("scalars.1")
+    )
     with (
         writer_of(path, source, files=full_disk(number)) as writer,
         pytest.raises(DiskFull, match="what is committed is kept: make room and run the same command again"),

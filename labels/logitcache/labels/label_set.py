@@ -5,7 +5,7 @@ behaviour.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from logitcache.labels.errors import MalformedMessage
 from logitcache.labels.identity import Identity
@@ -83,6 +83,7 @@ class Description:
             raise MalformedMessage(f"this is not the description of a label set: {error}") from None
 
 
+@runtime_checkable
 class LabelSet(Protocol):
     """A reader of one label set. Safe to use from several threads."""
 

@@ -60,7 +60,11 @@ class Examples(Dataset[tuple[int, Any]]):
             DatasetFault: an item cannot be read or stacked; the example is named.
         """
         loader = DataLoader(
-            self, batch_sampler=index_lists, num_workers=workers, collate_fn=_collate, persistent_workers=False
+            self,
+            batch_sampler=[list(ordinals) for ordinals in index_lists],
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=False,
         )
         for batch in loader:
             if isinstance(batch, DatasetFault):

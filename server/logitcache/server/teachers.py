@@ -59,7 +59,8 @@ class Teacher:
                 f"cannot be stored ({shown(ids)})",
                 ids=ids,
             )
-        return logits
+        checked: torch.Tensor = logits
+        return checked
 
 
 def _check(logits: Any, batch: int, classes: int | None, which: str) -> None:

@@ -135,7 +135,7 @@ def _shifted(images: Tensor) -> Tensor:
 def _read(path: Path) -> dict[str, Tensor] | None:
     """Weights kept before; None if there are none, or if the file is damaged. Nothing pickled is loaded."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError:
         return None

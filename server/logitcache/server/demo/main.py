@@ -35,7 +35,7 @@ from logitcache.server.preparation import Request
 from logitcache.server.progress import reporter
 
 NAME = "digits"
-EPOCHS, QUICK_EPOCHS = 16, 3
+EPOCHS, QUICK_EPOCHS = 16, 2
 
 
 def run(out: Path, seeds: int = 3, quick: bool = False) -> None:

@@ -1,0 +1,92 @@
+"""The SDK: soft labels for a training loop, from a server or from a folder.
+
+    labels = connect("http://localhost:8000/digits")
+    soft = labels.fetch([3, 1, 4])
+    for batch, soft in labels.attach(loader, ids="id"):
+        loss = distillation_loss(student(batch["x"]), soft.to(device), targets=batch["y"], temperature=2.0, alpha=0.9)
+
+Importing it loads neither torch nor zarr nor a web framework; the names that need torch import it when they are first
+used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from logitcache.client.attach import AttachedLoader
+from logitcache.client.connect import connect
+from logitcache.client.dataset import with_ids
+from logitcache.client.extras import import_with_torch
+from logitcache.client.fetched import FetchedLabels
+from logitcache.client.http import HttpLabelSet
+from logitcache.client.label_source import Labels
+from logitcache.client.stats import Stats
+from logitcache.labels.errors import (
+    DeadlineExceeded,
+    DigestChanged,
+    InvalidRequest,
+    LabelMismatch,
+    LabelSetNotFound,
+    LogitcacheError,
+    MissingExtra,
+    NotFound,
+    RowsMissing,
+    ServerUnreachable,
+    ShapeMismatch,
+    TeacherMismatch,
+    Unavailable,
+    UndeclaredTemperature,
+    WrongLabels,
+)
+from logitcache.labels.identity import TeacherId
+from logitcache.labels.label_set import Description
+from logitcache.labels.soft_labels import SoftLabels
+
+if TYPE_CHECKING:
+    from logitcache.client.losses import distillation_loss, kl_divergence
+    from logitcache.client.tensors import SoftLabelTensors
+
+__all__ = [
+    "AttachedLoader",
+    "DeadlineExceeded",
+    "Description",
+    "DigestChanged",
+    "FetchedLabels",
+    "HttpLabelSet",
+    "InvalidRequest",
+    "LabelMismatch",
+    "LabelSetNotFound",
+    "Labels",
+    "LogitcacheError",
+    "MissingExtra",
+    "NotFound",
+    "RowsMissing",
+    "ServerUnreachable",
+    "ShapeMismatch",
+    "SoftLabelTensors",
+    "SoftLabels",
+    "Stats",
+    "TeacherId",
+    "TeacherMismatch",
+    "Unavailable",
+    "UndeclaredTemperature",
+    "WrongLabels",
+    "connect",
+    "distillation_loss",
+    "kl_divergence",
+    "with_ids",
+]
+
+_NEED_TORCH = {
+    "SoftLabelTensors": "logitcache.client.tensors",
+    "distillation_loss": "logitcache.client.losses",
+    "kl_divergence": "logitcache.client.losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_with_torch(_NEED_TORCH[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,174 @@
+"""A loader with the labels of each batch beside it, fetched while the steps before are computed.
+
+The main thread pulls batches ahead from the loader, so workers and random draws behave the same in each run; one
+background thread fetches their labels. It knows loaders by their shape alone, without torch, and labels as a function
+that fetches them.
+"""
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from logitcache.client.background import BackgroundThread
+from logitcache.client.fetched import FetchedLabels
+from logitcache.client.stats import Tally
+from logitcache.labels.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import logitcache.client.tensors
+
+Batch = TypeVar("Batch")
+
+Part: TypeAlias = str | int | Callable[[Any], Any]
+"""Where a part of a batch is: under a key, at a position, or what a function makes of the batch."""
+
+Fetch: TypeAlias = Callable[[Any, Any], FetchedLabels]
+"""Labels of ids, checked against inputs if those are not None."""
+
+
+@dataclass
+class _Step(Generic[Batch]):
+    """A batch that was pulled, its labels under way, and the loader's state right after it."""
+
+    batch: Batch
+    soft: "Future[FetchedLabels]"
+    state: Any
+
+
+class AttachedLoader(Generic[Batch]):
+    """What `Labels.attach` returns: iterating gives ``(batch, soft)``, each `iter` is a new epoch of the loader.
+
+    An error of a fetch is raised at the step it belongs to, and one of the loader after the batches before it. Leaving
+    an epoch early ends its thread. ``set_epoch``, ``state_dict`` and ``load_state_dict`` are there if the loader, or
+    its sampler, has them; other attributes are the loader's.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Batch],
+        fetch: Fetch,
+        tally: Tally,
+        *,
+        ids: Part,
+        inputs: Part | None = None,
+        depth: int = 2,
+        device: Any = None,
+    ) -> None:
+        if depth < 0:
+            raise InvalidRequest(f"depth={depth} is below 0: give the number of batches to fetch labels for ahead")
+        self._loader, self._fetch, self._tally = loader, fetch, tally
+        self._ids, self._inputs, self._depth, self._device = ids, inputs, depth, device
+        self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> "Iterator[tuple[Batch, FetchedLabels | logitcache.client.tensors.SoftLabelTensors]]":
+        batches = iter(self._loader)  # before the thread begins: this forks the loader's workers
+        self._delivered = self._state()
+        return self._epoch(batches)
+
+    def _epoch(self, batches: Iterator[Batch]) -> Iterator[Any]:
+        background: BackgroundThread[FetchedLabels] = BackgroundThread("logitcache-fetch")
+        steps: deque[_Step[Batch]] = deque()
+        failure: Exception | None = None
+        ended = False
+        try:
+            while True:
+                while not ended and len(steps) <= self._depth:
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        ended = True
+                    except Exception as error:  # noqa: BLE001 - raised below, after the batches that came before it
+                        ended, failure = True, error
+                    else:
+                        steps.append(_Step(batch, self._begin(background, batch), self._state()))
+                if not steps:
+                    break
+                yield self._deliver(steps.popleft())
+            if failure is not None:
+                raise failure
+            self._delivered = []  # the epoch is over: the loader's own state says so
+        finally:
+            background.close()
+
+    def _begin(self, background: BackgroundThread[FetchedLabels], batch: Batch) -> "Future[FetchedLabels]":
+        try:
+            # Here and not in the thread: what a user's function draws or moves must not depend on when a thread runs.
+            ids = _part(batch, self._ids, "ids")
+            inputs = None if self._inputs is None else _part(batch, self._inputs, "inputs")
+        except Exception as error:  # noqa: BLE001 - raised at the step it belongs to
+            failed: Future[FetchedLabels] = Future()
+            failed.set_exception(error)
+            return failed
+        return background.submit(partial(self._fetch, ids, inputs))
+
+    def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
+        started_s = time.perf_counter()
+        soft = step.soft.result()
+        self._tally.step_waited(1000 * (time.perf_counter() - started_s))
+        self._delivered = step.state
+        return step.batch, soft if self._device is None else soft.to(self._device, non_blocking=True)
+
+    def _state(self) -> list[Any]:
+        """The loader's state now, in a list, or nothing. Copied, because loaders update it in place."""
+        state_dict = getattr(self._loader, "state_dict", None)
+        return [] if state_dict is None else [copy.deepcopy(state_dict())]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this class lacks: the loader's, but for epoch and state, which stand for what was delivered."""
+        if name.startswith("__") or "_loader" not in self.__dict__:
+            raise AttributeError(name)
+        if name == "set_epoch" and (setters := self._epoch_setters()):
+            return partial(_set_epoch, setters)
+        value = getattr(self._loader, name)
+        return {"state_dict": self._state_dict, "load_state_dict": self._load_state_dict}.get(name, value)
+
+    def _epoch_setters(self) -> list[Callable[[int], Any]]:
+        """The loader's ``set_epoch``, else those of its samplers; a batch sampler hides the one that shuffles."""
+        if hasattr(self._loader, "set_epoch"):
+            return [self._loader.set_epoch]
+        batch_sampler = getattr(self._loader, "batch_sampler", None)
+        owners = (getattr(self._loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        distinct = {id(owner): owner for owner in owners if hasattr(owner, "set_epoch")}
+        return [owner.set_epoch for owner in distinct.values() if owner is not None]
+
+    def _state_dict(self) -> Any:
+        if self._delivered:
+            return self._delivered[0]
+        return self._loader.state_dict()  # type: ignore[attr-defined]
+
+    def _load_state_dict(self, state: Any) -> None:
+        self._loader.load_state_dict(state)  # type: ignore[attr-defined]
+        self._delivered = []
+
+
+def _set_epoch(setters: list[Callable[[int], Any]], epoch: int) -> None:
+    for setter in setters:
+        setter(epoch)
+
+
+def _part(batch: Any, part: Part, argument: str) -> Any:
+    """The ids or inputs of a batch.
+
+    Raises:
+        InvalidRequest: the batch has no such key or position.
+    """
+    if callable(part):
+        return part(batch)
+    try:
+        return batch[part]
+    except (KeyError, IndexError, TypeError) as error:
+        holds = (
+            f"the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+        )
+        raise InvalidRequest(
+            f"{argument}={part!r} is not in a batch, which has {holds}; "
+            "name a key or a position that is, give a function of the batch, or wrap the dataset in with_ids"
+        ) from error

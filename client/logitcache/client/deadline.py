@@ -1,0 +1,48 @@
+"""A deadline: the total time that one call may take, retries included.
+
+It knows only the clock. The transport asks `current` at every read and write, so that a server that sends one byte a
+second cannot stretch a call: the timeouts of HTTP libraries begin anew with each byte.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from logitcache.labels.errors import InvalidRequest
+
+
+class Deadline:
+    """A moment ``timeout_s`` seconds after this object was made.
+
+    Raises:
+        InvalidRequest: ``timeout_s`` is not above 0.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        if not timeout_s > 0:
+            raise InvalidRequest(f"timeout_s={timeout_s!r} leaves no time: give seconds above 0")
+        self.timeout_s = float(timeout_s)
+        self._end_s = time.monotonic() + self.timeout_s
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that are left; 0 when it is over."""
+        return max(0.0, self._end_s - time.monotonic())
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Make this the deadline that `current` gives in this thread."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+_CURRENT: ContextVar[Deadline | None] = ContextVar("logitcache_deadline", default=None)
+
+
+def current() -> Deadline | None:
+    """The deadline of the call that this thread is in, if any."""
+    return _CURRENT.get()

@@ -1,0 +1,104 @@
+"""From what a user writes as the place of a label set to a reader of it.
+
+A target is ``http(s)://HOST[:PORT][/PREFIX]/NAME`` or a folder. Storage is imported only for a folder.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from logitcache.client.http import HttpLabelSet
+from logitcache.client.stats import Tally
+from logitcache.labels.errors import DigestChanged, InvalidRequest, TeacherMismatch
+from logitcache.labels.identity import TeacherId, check_name
+from logitcache.labels.label_set import Description, LabelSet, Limits
+
+_FORGOTTEN_SCHEME = re.compile(r"[\w.-]+:\d+(/.*)?")
+
+
+@dataclass(frozen=True)
+class HttpTarget:
+    """A label set on a server: ``base_url`` ends before ``/v1``, without a slash."""
+
+    base_url: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.base_url}/{self.name}"
+
+
+def parse_target(target: str | Path) -> HttpTarget | Path:
+    """Where a label set is: on a server, or in a folder, whose path is made absolute so that other processes find it
+    too.
+
+    Raises:
+        InvalidRequest: a URL of another scheme, without a host or a name, or with a query, fragment or password.
+        InvalidName: the last part of the URL cannot be a label set's name.
+    """
+    text = str(target)
+    if isinstance(target, Path) or "://" not in text:
+        folder = Path(text).expanduser().absolute()
+        if isinstance(target, str) and _FORGOTTEN_SCHEME.fullmatch(text) and not folder.exists():
+            raise InvalidRequest(f"{text!r} is no folder; for a server write 'http://{text}'")
+        return folder
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise InvalidRequest(f"{text!r} is not a URL: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidRequest(
+            f"{text!r} is not an address that can be asked: write http://HOST:PORT/NAME or a folder's path"
+        )
+    if url.userinfo or url.query or url.fragment:
+        raise InvalidRequest("a label set's URL has no password, query or fragment: write http://HOST:PORT/NAME")
+    prefix, _, name = url.path.rstrip("/").rpartition("/")
+    if not name:
+        raise InvalidRequest(f"{text!r} names no label set: write {text.rstrip('/')}/NAME")
+    base = str(url.copy_with(path=prefix.removesuffix("/v1/label-sets") or "/")).rstrip("/")
+    return HttpTarget(base, check_name(name))
+
+
+def open_label_set(target: HttpTarget | Path, *, timeout_s: float, retries: int | None, tally: Tally) -> LabelSet:
+    """A reader of the label set there.
+
+    Raises:
+        LabelSetNotFound, StoreNotFound, StorageFault: the folder holds no label set that can be read.
+    """
+    if isinstance(target, HttpTarget):
+        return HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries, tally=tally)
+    from logitcache.storage import LocalLabelSet  # only a folder needs storage
+
+    # Limits protect a server from its clients; a process need not be protected from itself.
+    return LocalLabelSet(target, limits=Limits(ids=sys.maxsize, response_bytes=sys.maxsize))
+
+
+def check_expected(found: Description, *, digest: str | None, teacher: str | TeacherId | None) -> None:
+    """Refuse a label set that is not the one expected; None expects nothing.
+
+    Raises:
+        DigestChanged: it is at another digest, or not complete yet.
+        TeacherMismatch: another teacher made it. A text is compared with the teacher's name and with its weights.
+    """
+    if digest is not None and found.digest != digest:
+        raise DigestChanged(
+            f"{found.name!r} is at {found.digest or 'no digest yet: it is being built'}, not at the pinned {digest}; "
+            "pin the new digest to go on with it",
+            expected=digest,
+            served=found.digest,
+        )
+    actual = found.identity.teacher
+    if teacher is None or teacher in (actual, actual.name, actual.weights):
+        return
+    raise TeacherMismatch(
+        f"{found.name!r} was labelled by {actual}, not by {teacher}; connect to another label set, or precompute one",
+        expected=_json_value(teacher),
+        served=_json_value(actual),
+    )
+
+
+def _json_value(teacher: str | TeacherId) -> Any:
+    return teacher if isinstance(teacher, str) else vars(teacher)
