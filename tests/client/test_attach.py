@@ -37,7 +37,7 @@ class Inputs:
 
 
 def loader_of(length: int = 20, **options: Any) -> DataLoader[Any]:
-    return DataLoader(with_ids(Inputs(length)), batch_size=4, **options)  # type: ignore[arg-type]
+    return DataLoader(with_ids(Inputs(length)), batch_size=4, **options)
 
 
 def fetch_threads() -> list[str]:
@@ -199,11 +199,11 @@ def test_a_negative_depth_is_refused(labels: Labels) -> None:
 
 def test_set_epoch_reaches_the_sampler_wherever_it_is(labels: Labels) -> None:
     for nested in (False, True):
-        sampler: DistributedSampler[Any] = DistributedSampler(Inputs(), num_replicas=1, rank=0)  # type: ignore[arg-type]
+        sampler: DistributedSampler[Any] = DistributedSampler(Inputs(), num_replicas=1, rank=0)
         options: dict[str, Any] = {"sampler": sampler}
         if nested:
             options = {"batch_sampler": torch.utils.data.BatchSampler(sampler, 4, False)}
-            loader: Iterable[Any] = DataLoader(with_ids(Inputs()), **options)  # type: ignore[arg-type]
+            loader: Iterable[Any] = DataLoader(with_ids(Inputs()), **options)
         else:
             loader = loader_of(**options)
         attached = labels.attach(loader, ids="id")

@@ -46,10 +46,11 @@ class DatasetWithIds:
         return [*item, ordinal] if isinstance(item, list) else (item, ordinal)
 
 
-def with_ids(dataset: MapStyleDataset) -> DatasetWithIds:
+def with_ids(dataset: MapStyleDataset) -> Any:
     """The dataset with each item's ordinal as its id, as the label sets of this version count.
 
     A mapping gets an ``"id"``; a tuple or list gets one more element, the last; anything else becomes ``(item, id)``.
+    It is typed as Any, since a DataLoader's annotations ask for torch's own class, which this module does not know.
     Wrap the dataset that was labelled, and take subsets or splits of the result: a subset counts from 0 again.
 
     Raises:

@@ -1,0 +1,189 @@
+"""The HTTP reader against the real server: the conformance of all readers, and what lies between the two."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import numpy as np
+import pytest
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.conformance import LabelSetConformance, assert_rows_equal
+
+from logitcache.client import HttpLabelSet, connect
+from logitcache.labels.errors import (
+    DigestChanged,
+    LabelSetNotFound,
+    NewerFormat,
+    RowsMissing,
+    StorageFault,
+)
+from logitcache.labels.label_set import Limits
+from logitcache.server.app import create_app
+from logitcache.server.catalog import Catalog
+from logitcache.server.serve import running
+
+T = TypeVar("T")
+
+SMALL = Limits(ids=1000)
+"""So that a fetch of everything is split, and parts begin and end inside shards."""
+
+
+@pytest.fixture(scope="module")
+def source() -> Reference:
+    return reference(3)
+
+
+@pytest.fixture(scope="module")
+def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    build(store / "complete", source)
+    build(store / "partial", source, [0])
+    return store
+
+
+@pytest.fixture(scope="module")
+def url(store: Path) -> Iterator[str]:
+    with running(create_app(Catalog(store, limits=SMALL))) as base:
+        yield base
+
+
+@pytest.fixture(scope="module", params=[SMALL, Limits()], ids=["split", "whole"])
+def either_url(store: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(create_app(Catalog(store, limits=request.param))) as base:
+        yield base
+
+
+@pytest.fixture
+def complete(either_url: str) -> Iterator[HttpLabelSet]:
+    reader = HttpLabelSet(either_url, "complete")
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def partial(either_url: str) -> Iterator[HttpLabelSet]:
+    reader = HttpLabelSet(either_url, "partial")
+    yield reader
+    reader.close()
+
+
+class TestConformance(LabelSetConformance):
+    """The HTTP reader behaves as every reader does, whether a fetch is one request or many."""
+
+
+@pytest.fixture
+def own_store(source: Reference, tmp_path: Path) -> Path:
+    build(tmp_path / "store" / "set", source)
+    return tmp_path / "store"
+
+
+def test_a_fetch_above_the_limits_is_split_and_put_together(url: str, source: Reference) -> None:
+    ids = np.arange(0, source.layout.examples, 2)
+    with connect(f"{url}/complete") as labels:
+        assert_rows_equal(labels.fetch(ids), source, ids)
+        # One request for the description besides those for rows.
+        assert labels.stats.requests >= -(-len(ids) // SMALL.ids)
+
+
+def test_missing_rows_of_all_parts_are_named_together(url: str, source: Reference) -> None:
+    ids = np.arange(ROWS_PER_SHARD - 1500, ROWS_PER_SHARD + 1500)
+    with connect(f"{url}/partial") as labels, pytest.raises(RowsMissing) as caught:
+        labels.fetch(ids)
+    assert caught.value.unlabelled == list(range(ROWS_PER_SHARD, ROWS_PER_SHARD + 1500))
+
+
+def test_masked_parts_are_put_together(url: str) -> None:
+    ids = np.arange(ROWS_PER_SHARD - 1500, ROWS_PER_SHARD + 1500)
+    with connect(f"{url}/partial") as labels:
+        soft = labels.fetch(ids, on_missing="mask")
+    assert soft.present is not None
+    assert soft.present.tolist() == [True] * 1500 + [False] * 1500
+
+
+def test_a_misspelt_label_set_is_answered_with_those_that_are_near(url: str) -> None:
+    with pytest.raises(LabelSetNotFound, match="complete") as caught:
+        connect(f"{url}/complet")
+    assert "complete" in caught.value.details["available"]
+    assert caught.value.request_id
+
+
+def test_a_label_set_made_while_the_server_runs_is_served(source: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    with running(create_app(Catalog(store))) as base:
+        with pytest.raises(LabelSetNotFound):
+            connect(f"{base}/new")
+        build(store / "new", source)
+        labels = retry_for_a_second(lambda: connect(f"{base}/new"), LabelSetNotFound)
+        assert_rows_equal(labels.fetch([7]), source, np.array([7]))
+        labels.close()
+
+
+def test_commits_and_generations_made_meanwhile_are_served_within_a_second(source: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with writer_of(store / "set", source) as writer:
+        commit_shards(writer, source, [0])
+        with running(create_app(Catalog(store))) as base, connect(f"{base}/set") as labels:
+            with pytest.raises(RowsMissing):
+                labels.fetch([ROWS_PER_SHARD])
+            commit_shards(writer, source, [1, 2])
+            soft = retry_for_a_second(lambda: labels.fetch([ROWS_PER_SHARD]), RowsMissing)
+            assert_rows_equal(soft, source, np.array([ROWS_PER_SHARD]))
+            digest = writer.seal().digest
+            pinned = retry_for_a_second(lambda: connect(f"{base}/set", digest=digest), DigestChanged)
+            assert pinned.fetch([0]).digest == digest
+            pinned.close()
+
+
+def retry_for_a_second(call: Callable[[], T], error: type[Exception]) -> T:
+    """The first result without this error, or the error once a second and a half have gone by."""
+    end = time.monotonic() + 1.5
+    while True:
+        try:
+            return call()
+        except error:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def test_a_damaged_shard_is_found_before_a_row_of_it_is_served(
+    own_store: Path, source: Reference, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunk = own_store / "set" / "logits" / "c.1.0"
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 4
+    chunk.write_bytes(content)
+    with running(create_app(Catalog(own_store))) as base, connect(f"{base}/set") as labels:
+        digest = labels.describe().digest
+        with pytest.raises(RowsMissing, match="withdrawn as damaged: 1") as caught:
+            labels.fetch([0, ROWS_PER_SHARD])
+        assert caught.value.unlabelled == [ROWS_PER_SHARD]
+        assert labels.describe().shards.damaged == 1
+        metrics = httpx.get(f"{base}/metrics").text
+        assert 'logitcache_label_set_shards{label_set="set",state="damaged"} 1.0' in metrics
+        with writer_of(own_store / "set", source) as writer:
+            commit_shards(writer, source, writer.missing)
+            writer.seal()
+        soft = retry_for_a_second(lambda: labels.fetch([0, ROWS_PER_SHARD]), RowsMissing)
+        assert_rows_equal(soft, source, np.array([0, ROWS_PER_SHARD]))
+        assert soft.digest == digest
+    assert "withdrawn" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_does_not_take_the_others_down(own_store: Path, source: Reference) -> None:
+    shutil.copytree(own_store / "set", own_store / "newer")
+    group = own_store / "newer" / "zarr.json"
+    group.write_text(group.read_text().replace('"format_version": 1,', '"format_version": 2,'))
+    (own_store / "foreign").mkdir()
+    (own_store / "foreign" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    with running(create_app(Catalog(own_store))) as base:
+        with pytest.raises(NewerFormat, match="upgrade"):
+            connect(f"{base}/newer")
+        with pytest.raises(StorageFault, match="did not write"):
+            connect(f"{base}/foreign")
+        with connect(f"{base}/set") as labels:
+            assert_rows_equal(labels.fetch([1]), source, np.array([1]))
