@@ -199,7 +199,7 @@ def test_a_negative_depth_is_refused(labels: Labels) -> None:
 
 def test_set_epoch_reaches_the_sampler_wherever_it_is(labels: Labels) -> None:
     for nested in (False, True):
-        sampler: DistributedSampler[Any] = DistributedSampler(Inputs(), num_replicas=1, rank=0)
+        sampler: DistributedSampler[Any] = DistributedSampler(Inputs(), num_replicas=1, rank=0)  # type: ignore[arg-type]
         options: dict[str, Any] = {"sampler": sampler}
         if nested:
             options = {"batch_sampler": torch.utils.data.BatchSampler(sampler, 4, False)}
