@@ -319,7 +319,7 @@ def test_a_foreign_folder_is_left_alone(store: Path) -> None:
 
 def test_too_little_space_is_told_before_any_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda path: 1_000_000)
-    with pytest.raises(DiskFull, match=r"needs 4\.\d+ MB for 3 more shards, 1 MB are free"):
+    with pytest.raises(DiskFull, match=r"needs 1\.\d+ MB for 3 more shards, 1 MB are free"):
         precompute(request(store))
     monkeypatch.undo()
     assert precompute(request(store)).labelled == 9000

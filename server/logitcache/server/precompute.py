@@ -25,7 +25,7 @@ from logitcache.storage.layout import Layout, Places
 from logitcache.storage.statistics import read_retained, retained_mass, summed
 from logitcache.storage.writer import LabelSetWriter
 
-SPARE_BYTES = 4 << 20
+SPARE_BYTES = 1 << 20
 """Kept free beyond the chunk files: commits, statistics, a generation."""
 
 
@@ -126,9 +126,8 @@ def _check_space(path: Path, layout: Layout, missing: list[int]) -> None:
     needed, free = len(missing) * layout.shard_bytes + SPARE_BYTES, free_bytes(path)
     if missing and free < needed:
         raise DiskFull(
-            f"{path} needs {size(needed)} for {len(missing):,} more shards, {size(free)} are free: make room, "
-            "name another "
-            "--store, or store less (--top-k, --dtype float16)",
+            f"{path} needs {size(needed)} for {len(missing):,} more shards, {size(free)} are free: "
+            "make room, name another --store, or store less (--top-k, --dtype float16)",
             needed=needed,
             free=free,
         )

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 CLASSES = 10
 BATCH = 64
-TEACHER_EPOCHS = 12
+TEACHER_EPOCHS = 8
 RECIPE = 1
 """Raised whenever the teacher's network or training changes: weights of an older recipe are then not found."""
 

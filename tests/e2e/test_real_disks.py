@@ -1,4 +1,4 @@
-"""A disk that is really full: a small tmpfs. Mounting needs root, so it stands among the proofs."""
+"""Disks that are really full or read-only: a small tmpfs. Mounting needs root, so this stands among the proofs."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.e2e.workload import workload
 
-from logitcache.labels.errors import DiskFull
+from logitcache.labels.errors import DiskFull, RowsMissing, StoreNotWritable
 from logitcache.server import precompute as module
 from logitcache.server.precompute import precompute
 from logitcache.storage import LocalLabelSet
@@ -59,3 +59,25 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_is_committed_and_goes_on_wit
     assert whole.labelled == SHARDS * 4096 - labelled
     assert whole.digest == precompute(workload(tmp_path / "elsewhere").request).digest
     print(f"\nfull after {labelled // 4096} of {SHARDS} shards; with room the digest is that of an undisturbed run")
+
+
+def test_a_read_only_store_is_read_and_checked_but_not_written(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKLOAD_EXAMPLES", str(3 * 4096))
+    asked = workload(small_disk / "store")
+    precompute(asked.request)
+    chunk = asked.path / "logits" / "c.1.0"
+    content = bytearray(chunk.read_bytes())
+    content[9] ^= 1
+    chunk.write_bytes(content)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    reader = LocalLabelSet(asked.path)
+    assert len(reader.fetch([0, 4095, 8192])) == 3
+    with pytest.raises(RowsMissing, match="damaged"):
+        reader.fetch([4096])
+    reader.close()
+    for request in (asked.request, asked.with_changes(name="new").request):
+        with pytest.raises(StoreNotWritable, match=r"Read-only file system; choose another --store"):
+            precompute(request)
+    assert not (asked.path / "quarantine").exists()

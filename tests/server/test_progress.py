@@ -1,0 +1,64 @@
+"""Progress: a bar for a person, lines for a log, with rows a second and the time left in both."""
+
+import io
+import re
+
+import pytest
+
+from logitcache.server import progress
+from logitcache.server.progress import Bar, Lines, reporter
+
+
+class Clock:
+    """Seconds that a test decides."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(clock: Clock) -> None:
+    log = io.StringIO()
+    with reporter(log) as lines:
+        assert isinstance(lines, Lines)
+        lines.begin("labelling x", 1000)
+        for _ in range(10):
+            clock.now += 4
+            lines.advance(100)
+    assert log.getvalue().splitlines() == [
+        "labelling x: 1,000 rows",
+        "labelling x: 300/1,000 rows (30 %), 25 rows/s, 28 s left",
+        "labelling x: 600/1,000 rows (60 %), 25 rows/s, 16 s left",
+        "labelling x: 900/1,000 rows (90 %), 25 rows/s, 4 s left",
+        "labelling x: 1,000/1,000 rows (100 %), 25 rows/s, 0 s left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left_and_notes_above_it() -> None:
+    terminal = Terminal()
+    with reporter(terminal) as bar:
+        assert isinstance(bar, Bar)
+        bar.begin("labelling x", 1000)
+        bar.advance(250)
+        bar.note("damaged: [shard 3]")
+        bar.advance(750)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "labelling x" in text
+    assert "1000/1000" in text
+    assert "rows/s" in text
+    assert re.search(r"\d:\d\d:\d\d", text)
+    assert "damaged: [shard 3]" in text
