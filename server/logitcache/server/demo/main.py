@@ -109,7 +109,8 @@ def _label(store: Path, console: Console) -> float:
         batch_size=digits.BATCH,
         device="cpu",
     )
-    summary = precompute(request, reporter())
+    with reporter() as watcher:
+        summary = precompute(request, watcher)
     seconds = time.perf_counter() - start
     console.print(str(summary), highlight=False)
     return seconds
