@@ -1,0 +1,95 @@
+"""The rows that the benchmark stores everywhere and expects back: drawn shard by shard, the same in every run.
+
+They look like a classifier's: distinct classes, falling float16 logits whose text has as many digits as real ones. It
+knows nothing of how they are stored or fetched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from logitcache.labels.identity import Identity, TeacherId
+from logitcache.storage.layout import Layout, default_rows_per_shard
+from logitcache.storage.writer import LabelSetWriter
+
+K = 32
+CLASSES = 1000
+
+FIELDS = ("fingerprint", "logit_max", "tail_logsumexp", "indices", "logits")
+"""What every method gives back for a batch, by name."""
+
+RECORD = np.dtype(
+    [
+        ("fingerprint", "<u8"),
+        ("logit_max", "<f4"),
+        ("tail_logsumexp", "<f4", (1,)),
+        ("indices", "<u2", (K,)),
+        ("logits", "<f2", (K,)),
+    ]
+)
+"""One row as a record of raw bytes, for stores that keep one value a row."""
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """So many rows, drawn by the shard."""
+
+    rows: int
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The label set that holds them."""
+        identity = Identity(TeacherId("benchmark", "drawn"), K, CLASSES, (1.0,), "float16")
+        return Layout(identity, self.rows, default_rows_per_shard(self.rows))
+
+    def shard(self, shard: int) -> Arrays:
+        """The arrays of one shard as a label set stores them."""
+        span = self.layout.span(shard)
+        rows, rng = len(span), np.random.default_rng([0, shard])
+        first_class, ranks = rng.integers(CLASSES, size=(rows, 1)), np.arange(K)
+        gaps = rng.exponential(0.25, (rows, K))
+        gaps[:, 0] = 0  # logits are centred: the largest is 0
+        return {
+            "ids": np.arange(span.start, span.stop, dtype=np.int64),
+            "fingerprint": rng.integers(2**64, size=(rows, 1), dtype=np.uint64),
+            "indices": ((first_class + 31 * ranks) % CLASSES).astype(np.uint16),  # (rows, k)
+            "logits": -np.cumsum(gaps, 1).astype(np.float16),  # (rows, k)
+            "scalars": rng.normal((15, -3), 2, (rows, 2)).astype(np.float32),  # logit_max, tail_logsumexp
+        }
+
+    def shards(self) -> Iterator[tuple[range, Arrays]]:
+        """Every shard's span and arrays."""
+        for shard in range(self.layout.shards):
+            yield self.layout.span(shard), self.shard(shard)
+
+    def records(self, ids: np.ndarray) -> np.ndarray:
+        """The rows of these ids as `RECORD`: what every method must give back."""
+        found = np.empty(len(ids), RECORD)
+        for span, arrays in self.shards():
+            here = (span.start <= ids) & (ids < span.stop)
+            found[here] = records_of(arrays)[ids[here] - span.start]
+        return found
+
+
+def records_of(arrays: Arrays) -> np.ndarray:
+    """A shard's arrays as records."""
+    records = np.empty(len(arrays["ids"]), RECORD)
+    records["fingerprint"] = arrays["fingerprint"][:, 0]
+    records["logit_max"], records["tail_logsumexp"] = arrays["scalars"][:, 0], arrays["scalars"][:, 1:]
+    records["indices"], records["logits"] = arrays["indices"], arrays["logits"]
+    return records
+
+
+def write_label_set(path: Path, source: Source) -> Path:
+    """The rows as a sealed label set, through the writer that `precompute` uses."""
+    path.parent.mkdir()
+    with LabelSetWriter(path, source.layout.identity, source.rows) as writer:
+        for shard in writer.missing:
+            writer.commit(shard, source.shard(shard), {})
+        writer.seal()
+    return path
