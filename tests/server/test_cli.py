@@ -98,7 +98,7 @@ def test_a_name_that_no_label_set_can_have_is_refused(finished_store: Path, name
 def test_verify_says_that_all_is_well(finished_store: Path) -> None:
     result = run("verify", "digits", store=finished_store)
     assert result.exit_code == 0
-    assert "3 shards" in result.stdout
+    assert "3 of 3 shards" in result.stdout
 
 
 def test_verify_names_a_damaged_shard_and_what_to_do(own_store: Path) -> None:

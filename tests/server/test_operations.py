@@ -54,13 +54,13 @@ def test_a_fit_request_id_is_kept_and_another_is_replaced(server: httpx.Client) 
         assert len(made) == 32
 
 
-def test_a_request_is_one_line_in_the_log(own_store: Path, log: io.StringIO) -> None:
+def test_a_request_is_one_line_in_the_log_and_a_probe_that_succeeds_is_none(own_store: Path, log: io.StringIO) -> None:
     headers = {"Accept": wire.MEDIA_TYPE, "X-Request-Id": "mine"}
     # The line is written after the answer, so the server has to have stopped before it is looked for.
     with running(create_app(Catalog(own_store))) as url:
         answer = httpx.post(f"{url}/v1/label-sets/digits/fetch", json={"ids": [1, 2]}, headers=headers)
         httpx.get(f"{url}/healthz")
-    line, _ = events(log, "request")
+    (line,) = events(log, "request")
     assert line["request_id"] == "mine"
     assert (line["method"], line["route"], line["status"]) == ("POST", "/v1/label-sets/{name}/fetch", 200)
     assert (line["rows"], line["bytes"], line["label_set"]) == (2, len(answer.content), "digits")

@@ -235,8 +235,8 @@ def verify(name: str, store: Path) -> None:
             "run its precompute again: it labels these shards anew and nothing else"
         )
     click.echo(
-        f"{len(reports):,} shards are what their commits say; {description.examples - description.labelled:,} "
-        "examples are not labelled"
+        f"{len(reports):,} of {description.shards.total:,} shards are committed, and are what their commits say; "
+        f"{description.examples - description.labelled:,} examples are not labelled"
     )
 
 

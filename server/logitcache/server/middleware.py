@@ -23,6 +23,9 @@ CLIENT_GONE = 499
 FRAMEWORKS_OWN = frozenset({"/docs", "/openapi.json"})
 """Paths that FastAPI answers by itself, without telling the scope which route took them."""
 
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Routes whose success is logged at debug level only."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logger(__name__)
 
@@ -90,7 +93,9 @@ def _noting(record: Record, send: Send) -> Send:
 
 
 def _access(record: Record) -> None:
-    tell = _log.error if record.status >= 500 else _log.info
+    # Probes come every few seconds and would bury the requests.
+    quiet = record.route in PROBES and record.status < 400
+    tell = _log.debug if quiet else _log.error if record.status >= 500 else _log.info
     optional = {"label_set": record.label_set, "code": record.code, "detail": record.detail}
     tell(
         "request",

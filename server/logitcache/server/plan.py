@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import temperature_name
 from logitcache.server.preparation import Request, prepare
-from logitcache.server.wording import duration, free_bytes, retained_lines, size
+from logitcache.server.wording import counted, duration, free_bytes, retained_lines, size
 from logitcache.storage.statistics import retained_mass, summed
 
 
@@ -38,8 +38,7 @@ class Plan:
         temperatures = ", ".join(map(temperature_name, identity.temperatures))
         lines = [
             f"{self.name}: {self.missing_rows:,} of {self.examples:,} rows to label, "
-            f"in {self.missing:,} of {self.shards:,} "
-            f"shards of up to {self.rows_per_shard:,}",
+            f"in {self.missing:,} of {counted(self.shards, 'shard')} of up to {self.rows_per_shard:,}",
             f"teacher     {identity.teacher.name}, {identity.classes:,} classes, on {self.device}",
             f"stored      top {identity.k} as {identity.dtype}, temperatures {temperatures}",
             f"disk        {size(self.needed_bytes)} needed, {size(self.free_bytes)} free",

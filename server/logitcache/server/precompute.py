@@ -19,7 +19,7 @@ from logitcache.server.datasets import Batch
 from logitcache.server.preparation import Prepared, Request, prepare, soft_labels
 from logitcache.server.progress import Reporter, Silent
 from logitcache.server.top_k import Rows
-from logitcache.server.wording import free_bytes, retained_lines, size
+from logitcache.server.wording import counted, free_bytes, retained_lines, size
 from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout, Places
 from logitcache.storage.statistics import read_retained, retained_mass, summed
@@ -53,7 +53,7 @@ class Summary:
     def __str__(self) -> str:
         rate = f"{self.labelled:,} labelled now in {self.seconds:.1f} s" if self.labelled else "nothing left to label"
         lines = [
-            f"{self.name}: {self.rows:,} rows in {self.shards:,} shards, {size(self.label_bytes)}; {rate}",
+            f"{self.name}: {self.rows:,} rows in {counted(self.shards, 'shard')}, {size(self.label_bytes)}; {rate}",
             f"digest      {self.digest} (generation {self.generation})",
         ]
         if self.repaired:
@@ -126,7 +126,7 @@ def _check_space(path: Path, layout: Layout, missing: list[int]) -> None:
     needed, free = len(missing) * layout.shard_bytes + SPARE_BYTES, free_bytes(path)
     if missing and free < needed:
         raise DiskFull(
-            f"{path} needs {size(needed)} for {len(missing):,} more shards, {size(free)} are free: "
+            f"{path} needs {size(needed)} for {counted(len(missing), 'more shard')}, {size(free)} are free: "
             "make room, name another --store, or store less (--top-k, --dtype float16)",
             needed=needed,
             free=free,

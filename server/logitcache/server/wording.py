@@ -21,6 +21,11 @@ def retained_lines(retained: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: ``1 shard``, ``2,000 shards``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def size(count: float) -> str:
     """Bytes for people: ``1.5 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
