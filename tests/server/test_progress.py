@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from logitcache.server import progress
 from logitcache.server.progress import Bar, Lines, reporter
 
 
@@ -27,7 +26,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr("logitcache.server.progress.time.monotonic", clock)
     return clock
 
 
