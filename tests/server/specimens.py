@@ -1,7 +1,9 @@
 """Teachers and datasets, good and bad, that tests name by SPEC."""
 
+import os
 import random
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -246,3 +248,63 @@ def empty() -> Data:
 
 def iterable() -> Any:
     return iter([1, 2])
+
+
+class Differentiable(Data):
+    """Inputs that carry a graph, as from a learned transform."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inputs[index].clone().requires_grad_()
+
+
+class Dying(Data):
+    """Kills the process that reads it, if that is a worker."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == LATE and torch.utils.data.get_worker_info() is not None:
+            os._exit(3)
+        return self.inputs[index]
+
+
+class Wandering(Data):
+    """Changes the working folder."""
+
+    def __init__(self) -> None:
+        super().__init__(300)
+        os.chdir("/")
+
+
+def changed_in_the_second_shard() -> Data:
+    made = Data()
+    made.inputs[LATE] += 1
+    return made
+
+
+def lazy_teacher() -> torch.nn.Module:
+    return torch.nn.LazyLinear(CLASSES)
+
+
+class Counting(torch.nn.Module):
+    """Notes how many batches of inputs are alive when a forward begins."""
+
+    alive: ClassVar["weakref.WeakSet[torch.Tensor]"] = weakref.WeakSet()
+    most = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = good_teacher_like()
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        storages = {tensor.untyped_storage().data_ptr() for tensor in Counting.alive}
+        Counting.most = max(Counting.most, len(storages))
+        Counting.alive.add(inputs)
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        return self.net(inputs)
+
+
+def with_buffer(value: float) -> torch.nn.Module:
+    model = good_teacher_like()
+    model.register_buffer("scale", torch.tensor(value), persistent=False)
+    return model

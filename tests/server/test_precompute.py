@@ -23,10 +23,12 @@ from logitcache.labels.errors import (
     SpecNotFound,
     TeacherFault,
 )
+from logitcache.labels.identity import declared
 from logitcache.server import precompute as module
 from logitcache.server.plan import plan
 from logitcache.server.precompute import precompute
 from logitcache.server.preparation import Request
+from logitcache.server.teachers import weights_digest
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.writer import LabelSetWriter
 
@@ -351,3 +353,68 @@ def test_a_repaired_shard_is_told_with_whether_its_bytes_came_back(store: Path) 
     assert (summary.digest, summary.repaired, summary.reproduced, summary.labelled) == (digest, (1,), True, 4096)
     assert "repaired    shards 1: the same bytes again" in str(summary)
     assert any("shard 1" in note and "quarantine" in note for note in notes.notes)
+
+
+def test_a_repair_of_changed_data_is_refused_and_the_label_set_stays_as_it_is(store: Path) -> None:
+    digest = precompute(request(store)).digest
+    chunk = store / "set" / "logits" / "c.1.0"
+    chunk.write_bytes(b"\1" * chunk.stat().st_size)
+    with pytest.raises(DatasetChanged, match="before shard 1 was damaged"):
+        precompute(request(store, dataset="changed_in_the_second_shard"))
+    reader = LocalLabelSet(store / "set")
+    assert (reader.describe().digest, reader.describe().labelled) == (digest, 9000 - 4096)
+    reader.close()
+    assert precompute(request(store)).digest == digest
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inputs_that_carry_a_graph_are_read_as_they_are(store: Path, workers: int) -> None:
+    precompute(request(store, name="plain"))
+    precompute(request(store, dataset="Differentiable", loader_workers=workers))
+    assert np.array_equal(rows(store / "set").fingerprint, rows(store / "plain").fingerprint)
+
+
+def test_a_worker_that_dies_is_told_with_what_to_do(store: Path) -> None:
+    with pytest.raises(DatasetFault, match=r"a process that reads the dataset ended: .*--loader-workers 0"):
+        precompute(request(store, dataset="Dying", loader_workers=1))
+    assert precompute(request(store, dataset="Dying")).rows == 9000
+
+
+def test_the_store_stays_where_it_was_meant_when_user_code_changes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    precompute(request(Path("here"), dataset="Wandering"))
+    assert Path.cwd() == Path("/")
+    assert (tmp_path / "here" / "set" / "zarr.json").exists()
+    monkeypatch.chdir(tmp_path)
+    reader = LocalLabelSet("here/set")
+    monkeypatch.chdir("/")
+    reader._shards._looked_at = 0.0
+    assert len(reader.fetch([0])) == 1
+    reader.close()
+
+
+def test_weights_that_do_not_exist_yet_are_a_fault_of_the_teacher(store: Path) -> None:
+    with pytest.raises(TeacherFault, match="cannot be hashed or moved to cpu"):
+        precompute(request(store, teacher="lazy_teacher"))
+
+
+def test_inputs_of_a_shard_are_not_kept_until_it_is_written(store: Path) -> None:
+    specimens.Counting.most = 0
+    precompute(request(store, teacher="Counting", batch_size=64))
+    # 64 batches a shard: the one before may still be in the caller's hands, and the loader's.
+    assert specimens.Counting.most <= 3
+
+
+def test_buffers_that_no_checkpoint_keeps_are_part_of_the_weights() -> None:
+    torch.manual_seed(0)
+    one = weights_digest(specimens.with_buffer(1.0))
+    torch.manual_seed(0)
+    assert weights_digest(specimens.with_buffer(2.0)) != one
+    torch.manual_seed(0)
+    assert weights_digest(specimens.with_buffer(1.0)) == one
+
+
+def test_a_temperature_from_any_iterable_is_declared() -> None:
+    assert declared(value for value in (4.0, 2.0, 4.0)) == (1.0, 2.0, 4.0)

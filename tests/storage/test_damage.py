@@ -11,7 +11,7 @@ from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, refe
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import RowsMissing
-from logitcache.storage import LocalLabelSet
+from logitcache.storage import LocalLabelSet, admission, shards
 
 DAMAGED = 1
 """The shard that is damaged; its neighbours must stay served."""
@@ -154,10 +154,12 @@ def test_damage_that_arises_after_verification_is_found_by_verifying_again(label
 def test_stamps_spare_the_hash_only_of_files_that_did_not_change(
     label_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    LocalLabelSet(label_set).verify_all()
+    # Files as young as these could change again within one tick of the clock, and would not be stamped.
+    monkeypatch.setattr(admission, "RACY_NS", 0)
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    reader.close()
     hashed: list[int] = []
-    from logitcache.storage import admission, shards
-
     check = admission.check_hashes
 
     def counted(files: object, commit: object) -> None:
@@ -177,8 +179,40 @@ def test_stamps_spare_the_hash_only_of_files_that_did_not_change(
     assert hashed == [2]
 
 
+def test_files_that_changed_a_moment_ago_are_not_stamped(label_set: Path) -> None:
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    reader.close()
+    assert not (label_set / "stamps.json").exists()
+
+
+def test_a_stamp_is_of_one_commit(label_set: Path, source: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "RACY_NS", 0)
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    reader.close()
+    # The files are those that were stamped; what is promised of them has changed.
+    path = label_set / "commits" / "1.json"
+    text = path.read_text()
+    at = text.index('"sha256":"') + 12
+    path.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    (label_set / "generations" / "1.json").unlink()
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing):
+        reader.fetch([ROWS_PER_SHARD])
+    reader.close()
+
+
 def test_damaged_stamps_are_ignored(label_set: Path, source: Reference) -> None:
-    for content in (b"", b"[]", b'{"0": 3}', b'{"0": ["x", [[1]]]}', b"\xff"):
+    for content in (
+        b"",
+        b"[]",
+        b'{"0": 3}',
+        b'{"0": ["x", [[1]]]}',
+        b"\xff",
+        b'{"0": ["x", [[Infinity]]]}',
+        b"[" * 10**5,
+    ):
         (label_set / "stamps.json").write_bytes(content)
         reader = LocalLabelSet(label_set)
         assert_rows_equal(reader.fetch([1]), source, np.array([1]))
@@ -214,7 +248,7 @@ def test_a_repair_that_gives_other_bytes_becomes_a_new_generation(label_set: Pat
     old = reader.describe().digest
     flip_a_bit(label_set / "scalars" / "c.1.0")
     reader.verify_all()
-    other = Reference(source.layout, source.logits + np.float64(1))
+    other = Reference(source.layout, source.logits + np.float64(1))  # the same examples, other rows
     with writer_of(label_set, source) as writer:
         commit_shards(writer, other, writer.missing)
         # Until it is sealed, what was committed belongs to no generation: it is not served.

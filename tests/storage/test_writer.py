@@ -176,6 +176,12 @@ def test_a_shard_size_that_is_no_multiple_of_a_page_is_refused(source: Reference
     assert not path.exists()
 
 
+def test_more_shards_than_a_reader_can_map_are_refused(source: Reference, path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"makes 8,001 shards .* use 16,384, the default"):
+        LabelSetWriter(path, source.identity, 8000 * 4096 + 1, rows_per_shard=4096)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "A", "-x", "x" * 65, "a b", ".hidden", "naïve"])
 def test_names_that_are_no_names_are_refused(source: Reference, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidName, match="1 to 64"):

@@ -112,6 +112,7 @@ def declared(temperatures: Iterable[float]) -> tuple[float, ...]:
         InvalidRequest: one is not a finite number in [0.01, 1000]: outside, float16 logits say nothing about the
             distribution.
     """
+    temperatures = tuple(temperatures)
     for temperature in temperatures:
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise InvalidRequest(f"temperature {temperature!r} is not a number")

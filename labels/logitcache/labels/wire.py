@@ -161,7 +161,7 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
         spec = RowSpec(k, arrays["indices"].dtype.name, arrays["logits"].dtype.name, temperatures)
         found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
         expected = spec.fields(rows, present="present" in arrays)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MalformedMessage(f"the body does not hold soft labels: {error}") from None
     if spec.index_dtype not in ("uint16", "uint32") or spec.dtype not in ("float16", "float32") or found != expected:
         raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")

@@ -33,7 +33,7 @@ class Catalog:
     def __init__(
         self, store: Path, *, verify: Literal["strict", "background"] = "strict", limits: Limits | None = None
     ) -> None:
-        self.store = store
+        self.store = store.absolute()
         self._verify: Literal["strict", "background"] = verify
         self._limits = limits or Limits()
         self._lock = threading.Lock()

@@ -5,7 +5,8 @@ A dataset is map-style: a length, and items by index that are an input, an ``(in
 names the example.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,20 +54,19 @@ class Examples(Dataset[tuple[int, Any]]):
             told = f"the dataset raised {type(error).__name__} for example {ordinal:,}: {error}"
             return ordinal, DatasetFault(told, example=ordinal)
 
-    def batches(self, index_lists: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
+    def batches(self, index_lists: Sequence[Sequence[int]], workers: int = 0) -> Generator[Batch, None, None]:
         """Read these batches in this order, ``workers`` processes ahead of the caller.
 
         Raises:
             DatasetFault: an item cannot be read or stacked; the example is named.
         """
-        loader = DataLoader(
-            self,
-            batch_sampler=[list(ordinals) for ordinals in index_lists],
-            num_workers=workers,
-            collate_fn=_collate,
-            persistent_workers=False,
-        )
-        for batch in loader:
+        # Ranges stay ranges: a list of every ordinal would take 40 bytes each.
+        lists: Any = index_lists
+        batches = iter(DataLoader(self, batch_sampler=lists, num_workers=workers, collate_fn=_collate))
+        while True:
+            batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, DatasetFault):
                 raise batch
             yield batch
@@ -132,8 +132,8 @@ def _input(item: Any, ordinal: int) -> Any:
 
 def _is_ordinal(id: Any, ordinal: int) -> bool:
     try:
-        return not isinstance(id, str) and int(id) == ordinal
-    except (TypeError, ValueError):
+        return operator.index(id) == ordinal
+    except TypeError:
         return False
 
 
@@ -144,7 +144,7 @@ def _collate(items: list[tuple[int, Any]]) -> Batch | DatasetFault:
     ids = np.array([ordinal for ordinal, _ in items], np.int64)
     try:
         hashes = np.array([fingerprint(input) for _, input in items], np.uint64)
-        tensors = [torch.as_tensor(input) for _, input in items]
+        tensors = [torch.as_tensor(input).detach() for _, input in items]
     except (TypeError, RuntimeError, ValueError) as error:
         return DatasetFault(f"an input of examples {ids[0]:,} to {ids[-1]:,} is no tensor of numbers: {error}")
     first = tensors[0]
@@ -156,6 +156,20 @@ def _collate(items: list[tuple[int, Any]]) -> Batch | DatasetFault:
                 example=ordinal,
             )
     return Batch(ids, torch.stack(tensors), hashes)
+
+
+def worker_death(error: BaseException) -> DatasetFault | None:
+    """What to say when a process that reads the dataset ended, if that is what this error tells.
+
+    torch notices by a signal and raises wherever the main thread happens to be: in the teacher's forward, say.
+    """
+    told = str(error.__cause__ or error)
+    if not told.startswith("DataLoader worker"):
+        return None
+    return DatasetFault(
+        f"a process that reads the dataset ended: {told.partition('.')[0]}; it may have run out of memory or of shared "
+        "memory: --loader-workers 0 reads in this process"
+    )
 
 
 def load_dataset(spec: str) -> Examples:

@@ -51,7 +51,7 @@ class Plan:
 
 
 def plan(request: Request) -> Plan:
-    """Size and time of a precompute, from a trial of a few batches; refuses what the run would refuse.
+    """Size and time of a precompute, from a trial of a few batches; refuses what `prepare` refuses.
 
     Raises:
         LogitcacheError: as `preparation.prepare`.

@@ -5,7 +5,7 @@ goes wrong, what was committed stays. It knows no HTTP.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from logitcache.labels.errors import DatasetChanged, DiskFull, shown
-from logitcache.server.datasets import Batch
+from logitcache.server.datasets import Batch, worker_death
 from logitcache.server.preparation import Prepared, Request, prepare, soft_labels
 from logitcache.server.progress import Reporter, Silent
 from logitcache.server.top_k import Rows
@@ -153,14 +153,18 @@ def _label_missing(prepared: Prepared, writer: LabelSetWriter, reporter: Reporte
     try:
         for shard in missing:
             _label_shard(prepared, writer, shard, batches, reporter)
-    except BaseException:
+        return rows, time.perf_counter() - began
+    except BaseException as error:
         done, total = len(writer.committed), prepared.layout.shards
         reporter.note(f"stopped: {done:,} of {total:,} shards are committed and kept; the same command continues")
+        if death := worker_death(error):
+            raise death from error
         raise
-    return rows, time.perf_counter() - began
+    finally:
+        batches.close()
 
 
-def _batches(prepared: Prepared, shards: list[int]) -> Iterator[Batch]:
+def _batches(prepared: Prepared, shards: list[int]) -> Generator[Batch, None, None]:
     lists = list(chain.from_iterable(prepared.batches_of(shard) for shard in shards))
     return prepared.examples.batches(lists, prepared.request.loader_workers)
 
@@ -169,20 +173,22 @@ def _label_shard(
     prepared: Prepared, writer: LabelSetWriter, shard: int, batches: Iterator[Batch], reporter: Reporter
 ) -> None:
     began = time.perf_counter()
-    read: list[Batch] = []
+    ids: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
     selected: list[Rows] = []
     for _ in prepared.batches_of(shard):
         batch = next(batches)
         selected.append(prepared.label(batch))
-        # Inputs are not needed any more; ids and fingerprints are.
-        read.append(Batch(batch.ids, batch.inputs[:0], batch.fingerprints))
+        # The inputs must go: a shard of them may be gigabytes.
+        ids.append(batch.ids)
+        hashes.append(batch.fingerprints)
         reporter.advance(len(batch.ids))
     rows = Rows(
         *(np.concatenate([getattr(part, name) for part in selected]) for name in ("indices", "logits", "scalars"))
     )
-    fingerprints = np.concatenate([batch.fingerprints for batch in read])
+    fingerprints = np.concatenate(hashes)
     arrays = {
-        "ids": np.concatenate([batch.ids for batch in read]),
+        "ids": np.concatenate(ids),
         "fingerprint": fingerprints[:, None],
         "indices": rows.indices,
         "logits": rows.logits,

@@ -20,7 +20,7 @@ from logitcache.storage.layout import Layout, Places, default_rows_per_shard
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.records import numbered
 from logitcache.storage.statistics import read_statistics
-from logitcache.storage.writer import check_rows_per_shard, refuse_another
+from logitcache.storage.terms import check_rows_per_shard, refuse_another
 
 DEFAULT_BATCH_SIZE = 256
 """Examples a forward, unless told or recorded."""
@@ -47,6 +47,10 @@ class Request:
     dtype: Dtype = "float16"
     rows_per_shard: int | None = None
     loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        # User code may change the working folder: the store stays where it was meant.
+        object.__setattr__(self, "store", self.store.absolute())
 
     @property
     def path(self) -> Path:
@@ -87,9 +91,8 @@ class Prepared:
 
     def label(self, batch: Batch) -> Rows:
         """Rows of one batch, by the teacher."""
-        identity = self.layout.identity
+        logits = self.teacher.logits(batch.inputs, batch.ids, self.layout.identity.classes)
         with torch.inference_mode():
-            logits = self.teacher.logits(batch.inputs, batch.ids, identity.classes)
             return select_top_k(logits, self.layout.row_spec)
 
     def trial(self) -> Trial:
@@ -121,6 +124,7 @@ def prepare(request: Request) -> Prepared:
     existing = _existing(request)
     teacher = load_teacher(request.teacher, request.device)
     examples = load_dataset(request.dataset)
+    check_rows_per_shard(request.rows_per_shard, len(examples))
     examples.check_stable()
     recorded = _recorded_batch_size(request.path, existing)
     batch_size = request.batch_size or recorded or DEFAULT_BATCH_SIZE
@@ -139,7 +143,7 @@ def prepare(request: Request) -> Prepared:
 
 def _check_arguments(request: Request) -> None:
     check_name(request.name)
-    check_rows_per_shard(request.rows_per_shard)
+    check_rows_per_shard(request.rows_per_shard, examples=0)
     declared(request.temperatures)
     if request.top_k < 1:
         raise InvalidRequest(f"--top-k {request.top_k}: at least one class must be stored")

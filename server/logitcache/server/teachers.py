@@ -92,11 +92,15 @@ def load_teacher(spec: str, device: str | None) -> Teacher:
     place = _device(device)
     made = specs.load(spec, "teacher", TeacherFault)
     if isinstance(made, torch.nn.Module):
-        made.eval().requires_grad_(False)
-        id = _own_id(made, spec) or TeacherId(spec, weights_digest(made), _preprocessing(made))
-        parameter = next(itertools.chain(made.parameters(), made.buffers()), None)
-        dtype = "none" if parameter is None else str(parameter.dtype).removeprefix("torch.")
-        return Teacher(made.to(place), id, place, dtype)
+        try:
+            made.eval().requires_grad_(False)
+            id = _own_id(made, spec) or TeacherId(spec, weights_digest(made), _preprocessing(made))
+            parameter = next(itertools.chain(made.parameters(), made.buffers()), None)
+            dtype = "none" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+            return Teacher(made.to(place), id, place, dtype)
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = str(error).partition("\n")[0]
+            raise TeacherFault(f"the weights of {spec!r} cannot be hashed or moved to {place}: {first}") from error
     own = _own_id(made, spec)
     if not callable(made) or own is None:
         raise TeacherFault(

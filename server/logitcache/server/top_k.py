@@ -58,7 +58,8 @@ def faulty_rows(logits: torch.Tensor) -> dict[int, str]:
 
     A row's maximum is finite exactly when it has none of these, so one reduction decides.
     """
-    maximum = logits.amax(1)
+    # A float64 maximum that float32 cannot hold is refused as well: logit_max is float32.
+    maximum = logits.amax(1).float()
     bad = (~maximum.isfinite()).nonzero()[:, 0].tolist()
     return {row: _reason(float(maximum[row])) for row in bad}
 

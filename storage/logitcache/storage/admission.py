@@ -22,6 +22,9 @@ from logitcache.storage.records import Commit
 Stamp = tuple[int, int, int]
 """inode, size in bytes, change time in nanoseconds of one file."""
 
+RACY_NS = 2_000_000_000
+"""A file changed less long ago than this may be changed again within one tick of its file system's clock."""
+
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -78,6 +81,7 @@ def check_hashes(files: OpenShard, commit: Commit) -> None:
 
     Raises:
         ShardDamaged: one does not hash to what its commit says.
+        StorageFault: one cannot be read.
     """
     for name, handle in files.handles.items():
         found = _sha256(handle)
@@ -91,9 +95,12 @@ def check_hashes(files: OpenShard, commit: Commit) -> None:
 
 def _sha256(handle: int) -> str:
     state, offset = hashlib.sha256(), 0
-    while block := os.pread(handle, _HASH_BLOCK_BYTES, offset):
-        state.update(block)
-        offset += len(block)
+    try:
+        while block := os.pread(handle, _HASH_BLOCK_BYTES, offset):
+            state.update(block)
+            offset += len(block)
+    except OSError as error:
+        raise StorageFault(f"a chunk file cannot be read: {error.strerror}") from error
     return state.hexdigest()
 
 
@@ -103,7 +110,7 @@ class Stamps:
     def __init__(self, path: Path) -> None:
         self._path, self._changed = path, False
         self._known: dict[str, tuple[str, tuple[Stamp, ...]]] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             for shard, (commit, stamps) in json.loads(path.read_bytes()).items():
                 self._known[shard] = (commit, tuple((*map(int, stamp),) for stamp in stamps))  # type: ignore[misc]
 
@@ -112,9 +119,11 @@ class Stamps:
         return self._known.get(str(files.shard)) == (commit.sha256, files.stamps)
 
     def remember(self, files: OpenShard, commit: Commit) -> None:
-        """These files hashed right for this commit."""
-        self._known[str(files.shard)] = (commit.sha256, files.stamps)
-        self._changed = True
+        """These files hashed right for this commit; not kept where a later write could leave the same change time."""
+        newest = max(stamp[2] for stamp in files.stamps)
+        if time.time_ns() - newest > RACY_NS and not self.match(files, commit):
+            self._known[str(files.shard)] = (commit.sha256, files.stamps)
+            self._changed = True
 
     def save(self, files: Files) -> None:
         """Write the stamps down if there are new ones and this process may: without them, verifying is done again."""

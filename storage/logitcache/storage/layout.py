@@ -29,8 +29,11 @@ ROW_QUANTUM = 4096
 DEFAULT_ROWS_PER_SHARD = 4 * ROW_QUANTUM
 """Rows of a shard unless told: small enough that a kill costs little, large enough that fsyncs do not count."""
 
-MAX_SHARDS = 4_000
+COMFORTABLE_SHARDS = 4_000
 """Shards that the default stays under: five mappings each, well below Linux's usual limit of 65,530 a process."""
+
+MOST_SHARDS = 8_000
+"""Shards that a label set may have at all."""
 
 MAX_EXAMPLES = 2**40
 """Most examples that a manifest may claim; more is taken for damage."""
@@ -139,7 +142,7 @@ class Layout:
 
 def default_rows_per_shard(examples: int) -> int:
     """Row slots of a shard for a dataset of this size: a multiple of 4,096 that keeps the shards few enough to map."""
-    needed = -(-examples // MAX_SHARDS)
+    needed = -(-examples // COMFORTABLE_SHARDS)
     return max(DEFAULT_ROWS_PER_SHARD, -(-needed // ROW_QUANTUM) * ROW_QUANTUM)
 
 

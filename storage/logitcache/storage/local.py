@@ -33,6 +33,9 @@ from logitcache.storage.manifest import read_layout
 from logitcache.storage.shards import ShardReport, Shards, State, Verify
 from logitcache.storage.statistics import RetainedMass, read_retained, summed
 
+ADMISSIONS = 3
+"""Tries to have shards admitted that another process withdraws and repairs at the same moment."""
+
 Fields = Mapping[str, tuple[str, Shape]]
 
 
@@ -50,7 +53,7 @@ class LocalLabelSet:
     """
 
     def __init__(self, path: Path | str, *, verify: Verify = "strict", limits: Limits | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.name = self.path.name
         if not self.path.parent.is_dir():
             raise StoreNotFound(f"there is no store {self.path.parent}: no such folder")
@@ -62,7 +65,7 @@ class LocalLabelSet:
         self._limits = limits or Limits()
         self._spec = self.layout.row_spec
         self._shards = Shards(Places(self.path), self.layout, verify)
-        self._retained: dict[int, RetainedMass] = {}
+        self._retained: dict[str, RetainedMass] = {}
 
     def describe(self) -> Description:
         """What the label set is and how far it is, as of now."""
@@ -149,13 +152,13 @@ class LocalLabelSet:
     def _served(self, shards: Int64[np.ndarray, " examples"], digest: str | None) -> State:
         """The state after every one of these shards that can be admitted is; checked against the digest asked for."""
         state = self._shards.current()
-        if not state.all_served:
-            waiting = [
-                shard for shard in np.unique(shards).tolist() if shard in state.commits and not state.version[shard]
-            ]
-            if waiting:
-                self._shards.admit(waiting)
-                state = self._shards.state
+        for _ in range(ADMISSIONS):
+            waiting = () if state.all_served else np.unique(shards[state.version[shards] == 0]).tolist()
+            waiting = [shard for shard in waiting if shard in state.commits]
+            if not waiting:
+                break
+            self._shards.admit(waiting)
+            state = self._shards.state
         served = state.generation.digest if state.generation else None
         if digest is not None and digest != served:
             raise DigestChanged(
@@ -197,9 +200,10 @@ class LocalLabelSet:
         )
 
     def _retained_mass(self, state: State) -> dict[str, dict[str, float]]:
-        for shard in state.commits.keys() - self._retained.keys():
-            self._retained[shard] = read_retained(Places(self.path), shard)
-        return summed([self._retained[shard] for shard in state.commits])
+        for shard, commit in state.commits.items():
+            if commit.sha256 not in self._retained:
+                self._retained[commit.sha256] = read_retained(Places(self.path), shard)
+        return summed([self._retained[commit.sha256] for commit in state.commits.values()])
 
     def damaged(self) -> dict[int, str]:
         """Shards that were committed and are withdrawn, with what was wrong."""

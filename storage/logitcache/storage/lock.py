@@ -1,9 +1,11 @@
 """Who writes a label set: an advisory file lock that dies with its process, however that dies."""
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -24,17 +26,25 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         with explained(path):
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self._take(path)
+            except BaseException:
+                os.close(self._handle)
+                raise
+        _held.add(self)
+
+    def _take(self, path: Path) -> None:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._handle, 4096, 0).decode(errors="replace").strip()
-            os.close(self._handle)
             raise LabelSetLocked(
                 f"label set {path.parent.name!r} is being written by another process ({holder or 'unknown'}): "
                 "wait for it, or stop it; nothing was changed",
                 label_set=path.parent.name,
             ) from None
-        with explained(path):
+        # The note is for people; on a full disk the lock holds without it.
+        with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
 
@@ -43,6 +53,7 @@ class WriterLock:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+        _held.discard(self)
 
     def __enter__(self) -> "WriterLock":
         return self
@@ -51,3 +62,15 @@ class WriterLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+_held: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A fork shares the lock: a DataLoader worker that outlives a killed writer would hold it on."""
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -9,7 +9,7 @@ from typing import Any
 
 from logitcache.labels.errors import LabelSetNotFound, NewerFormat, NotALabelSet
 from logitcache.labels.identity import FORMAT_VERSION, Identity
-from logitcache.storage.layout import MAX_EXAMPLES, ROW_QUANTUM, Layout, Places
+from logitcache.storage.layout import MAX_EXAMPLES, MOST_SHARDS, ROW_QUANTUM, Layout, Places
 
 MAX_METADATA_BYTES = 1 << 20
 """A longer zarr.json is refused unread."""
@@ -63,6 +63,10 @@ def _layout(root: Path, group: dict[str, Any]) -> Layout:
             raise ValueError(f"rows_per_shard={rows_per_shard!r} is out of bounds")
         if rows_per_shard % ROW_QUANTUM:
             raise ValueError(f"rows_per_shard={rows_per_shard} is not a multiple of {ROW_QUANTUM}")
+        if examples > MOST_SHARDS * rows_per_shard:
+            raise ValueError(
+                f"{examples:,} examples in shards of {rows_per_shard:,} are more than {MOST_SHARDS:,} shards"
+            )
         return Layout(Identity.from_json(manifest["identity"]), examples, rows_per_shard)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise NotALabelSet(f"{root}/zarr.json: the manifest is damaged: {error}") from None

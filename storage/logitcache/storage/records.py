@@ -4,6 +4,7 @@ Both are canonical JSON. Whatever is read back is checked against the layout bef
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from logitcache.labels.errors import ShardDamaged
 from logitcache.labels.identity import Identity, canonical_json, label_set_digest, sha256_hex
 from logitcache.storage.layout import Layout
+
+log = logging.getLogger("logitcache.storage")
 
 MAX_RECORD_BYTES = 64 << 20
 """A longer commit or generation is refused unread."""
@@ -125,6 +128,8 @@ def newest_generation(folder: Path, layout: Layout) -> Generation | None:
     for number in reversed(numbered(folder)):
         try:
             return Generation.read(folder / f"{number}.json", layout)
-        except (ShardDamaged, FileNotFoundError):
+        except FileNotFoundError:
             continue
+        except ShardDamaged as error:
+            log.warning("label set %s: %s; passed over", folder.parent.name, error.message)
     return None

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from logitcache.labels.errors import LabelSetLocked, ShardDamaged, StorageFault
-from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine
+from logitcache.storage.admission import OpenShard, Stamps, check_hashes, opened, quarantine
 from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout, Places
 from logitcache.storage.lock import WriterLock
@@ -32,7 +33,8 @@ _SETTLED_NS = 2_000_000_000
 
 log = logging.getLogger("logitcache.storage")
 
-_FileKey = tuple[int, int]
+FileKey = tuple[int, int]
+"""Inode and change time of a commit's file: another commit of the same shard has another."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,15 @@ class Shards:
             for array in layout.arrays.values()
         }
         self.rows = {name: array.rows for name, array in self._arrays.items()}
+        self._lock = threading.Lock()
+        self._checking: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._verified = np.zeros(layout.shards, bool)
+        self._mapped: dict[int, tuple[int, ...]] = {}
         self._problems: dict[int, str] = {}
-        self._condemned: dict[int, _FileKey] = {}
-        self._commit_keys: dict[int, _FileKey] = {}
+        self._condemned: dict[int, FileKey] = {}
+        self._keys: dict[int, FileKey] = {}
         self._stamps = Stamps(places.stamps)
         self._serial = 0
-        self._lock = threading.RLock()
         self._looked_at = 0.0
         self._signature: tuple[int, int, bool] | None = None
         self._closing = threading.Event()
@@ -105,8 +109,13 @@ class Shards:
                 return
             self._signature = signature
             generation = newest_generation(self._places.generations, self.layout)
-            self._set_state(generation, self._read_commits(generation))
+            keys, commits, unreadable = self._read_commits(generation)
+            self._set_state(generation, keys, commits)
+            for shard, problem in unreadable.items():
+                self._problems[shard], self._condemned[shard] = problem, keys[shard]
             self._start_verifier()
+        for shard, problem in unreadable.items():
+            self._quarantine(shard, keys[shard], problem)
 
     def _folder_signature(self) -> tuple[int, int, bool]:
         times = []
@@ -117,101 +126,123 @@ class Shards:
                 times.append(0)
         return times[0], times[1], time.time_ns() - max(times) > _SETTLED_NS
 
-    def _read_commits(self, generation: Generation | None) -> dict[int, Commit]:
+    def _read_commits(
+        self, generation: Generation | None
+    ) -> tuple[dict[int, FileKey], dict[int, Commit], dict[int, str]]:
+        """What stands in the folder: the key of each commit, those that are trusted, and what is wrong with others."""
+        keys: dict[int, FileKey] = {}
         commits: dict[int, Commit] = {}
-        keys: dict[int, _FileKey] = {}
+        unreadable: dict[int, str] = {}
         for shard in numbered(self._places.commits):
-            if shard >= self.layout.shards:
+            key = self._key(shard) if shard < self.layout.shards else None
+            if key is None:
                 continue
-            path = self._places.commit(shard)
+            keys[shard] = key
+            if self._condemned.get(shard) == key:
+                continue
             try:
-                status = path.stat()
-                keys[shard] = (status.st_ino, status.st_ctime_ns)
-                if self._condemned.get(shard) == keys[shard]:
-                    continue
-                known = self.state.commits.get(shard) if self._commit_keys.get(shard) == keys[shard] else None
-                commit = known or Commit.read(path, self.layout, shard)
+                known = self.state.commits.get(shard) if self._keys.get(shard) == key else None
+                commit = known or Commit.read(self._places.commit(shard), self.layout, shard)
             except FileNotFoundError:
                 continue
             except ShardDamaged as error:
-                self._condemn(shard, error.message, keys[shard])
+                unreadable[shard] = error.message
                 continue
             # A repair that could not reproduce the bytes waits for the generation that will list it.
             if generation is None or generation.commits[shard] == commit.sha256:
                 commits[shard] = commit
-        self._replaced = {shard for shard, key in keys.items() if self._commit_keys.get(shard) not in (None, key)}
-        self._commit_keys = keys
-        return commits
+        return keys, commits, unreadable
 
-    def _set_state(self, generation: Generation | None, commits: dict[int, Commit]) -> None:
+    def _key(self, shard: int) -> FileKey | None:
+        try:
+            status = self._places.commit(shard).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_ctime_ns
+
+    def _set_state(self, generation: Generation | None, keys: dict[int, FileKey], commits: dict[int, Commit]) -> None:
         version = self.state.version.copy()
-        for shard in range(self.layout.shards):
-            if version[shard] and (shard not in commits or shard in self._replaced):
+        for shard in np.flatnonzero(version).tolist():
+            # The same commit in another file was withdrawn and made again: its chunk files are others, too.
+            if shard not in commits or self._keys.get(shard) != keys[shard]:
                 version[shard] = 0
                 self._verified[shard] = False
         for shard in commits.keys() & self._problems.keys():
             del self._problems[shard]
             self._condemned.pop(shard, None)
+        self._keys = keys
         self.state = State(generation, commits, version, bool(version.all()))
 
     def admit(self, shards: Iterable[int]) -> None:
         """Check and map these shards now, so that they can be served; a damaged one is withdrawn instead."""
         for shard in shards:
-            with self._lock:
-                if shard in self.state.commits and not self.state.version[shard]:
+            with self._checking[shard]:
+                if not self.state.version[shard]:
                     self._examine(shard, trust_stamps=True, hash_now=self._verify == "strict")
 
-    def _examine(self, shard: int, *, trust_stamps: bool, hash_now: bool) -> str | None:
-        """Open, check and (re)map one committed shard under the lock; what is wrong with it, if anything."""
-        commit = self.state.commits[shard]
+    def _examine(self, shard: int, *, trust_stamps: bool, hash_now: bool) -> None:
+        """Open, check and (re)map one committed shard; the caller holds the shard's lock in ``_checking``."""
+        with self._lock:
+            commit, key = self.state.commits.get(shard), self._keys.get(shard)
+        if commit is None or key is None:
+            return
         try:
             with opened(self._places, self.layout, commit) as files:
-                sound = trust_stamps and self._stamps.match(files, commit)
-                if not sound and hash_now:
+                stamped = trust_stamps and self._stamps.match(files, commit)
+                if hash_now and not stamped:
                     check_hashes(files, commit)
-                    self._stamps.remember(files, commit)
-                    sound = True
-                if not self.state.version[shard]:
-                    for name, handle in files.handles.items():
-                        self._arrays[name].place(shard, handle)
-                    self._serial += 1
-                    version = self.state.version.copy()
-                    version[shard] = self._serial
-                    self.state = replace(self.state, version=version, all_served=bool(version.all()))
-                self._verified[shard] = sound
+                self._admitted(files, commit, sound=stamped or hash_now)
         except ShardDamaged as error:
-            if self._still_committed(shard):
-                self._withdraw(shard, error.message)
-                return error.message
-            # Another process withdrew it between our look at the folder and this one.
+            self._withdraw(shard, commit, key, error.message)
+
+    def _admitted(self, files: OpenShard, commit: Commit, *, sound: bool) -> None:
+        shard = files.shard
+        with self._lock:
+            if self.state.commits.get(shard) is not commit:
+                return
+            if sound:
+                self._stamps.remember(files, commit)
+            inodes = tuple(stamp[0] for stamp in files.stamps)
+            if not self.state.version[shard] or self._mapped.get(shard) != inodes:
+                for name, handle in files.handles.items():
+                    self._arrays[name].place(shard, handle)
+                self._mapped[shard] = inodes
+                self._serial += 1
+                version = self.state.version.copy()
+                version[shard] = self._serial
+                self.state = replace(self.state, version=version, all_served=bool(version.all()))
+            self._verified[shard] = sound
+
+    def _withdraw(self, shard: int, commit: Commit, key: FileKey, problem: str) -> None:
+        with self._lock:
+            if self.state.commits.get(shard) is not commit:
+                return
+            commits = {number: other for number, other in self.state.commits.items() if number != shard}
+            version = self.state.version.copy()
+            version[shard] = 0
+            self._verified[shard] = False
+            self.state = State(self.state.generation, commits, version)
+            ours = self._key(shard) == key
+            if ours:
+                self._problems[shard], self._condemned[shard] = problem, key
+            else:
+                self._signature = None
+        if ours:
+            self._quarantine(shard, key, problem)
+        else:
+            # Another process withdrew or repaired it between our look at the folder and this one.
             self.refresh()
-            return None
-        return None
 
-    def _still_committed(self, shard: int) -> bool:
-        try:
-            status = self._places.commit(shard).stat()
-        except FileNotFoundError:
-            return False
-        return self._commit_keys.get(shard) == (status.st_ino, status.st_ctime_ns)
-
-    def _withdraw(self, shard: int, problem: str) -> None:
-        commits = {number: commit for number, commit in self.state.commits.items() if number != shard}
-        version = self.state.version.copy()
-        version[shard] = 0
-        self._verified[shard] = False
-        self.state = State(self.state.generation, commits, version)
-        self._condemn(shard, problem, self._commit_keys[shard])
-
-    def _condemn(self, shard: int, problem: str, key: _FileKey) -> None:
-        """Remember and report a damaged shard, and move its files aside if no other process is writing."""
-        self._problems[shard] = problem
-        self._condemned[shard] = key
+    def _quarantine(self, shard: int, key: FileKey, problem: str) -> None:
+        """Report a damaged shard, and move its files aside if no other process is writing or has done it already."""
         place = (
             "its files stay where they are, since another process is writing the label set, or the store is read-only"
         )
         with contextlib.suppress(LabelSetLocked, StorageFault), WriterLock(self._places.lock):
-            place = f"moved to {quarantine(self._places, self.layout, shard, problem, self._files)}"
+            if self._key(shard) == key:
+                place = f"moved to {quarantine(self._places, self.layout, shard, problem, self._files)}"
+            else:
+                place = "which another process has dealt with meanwhile"
         log.error("label set %s: %s; withdrawn, %s; run precompute again", self._places.root.name, problem, place)
 
     def damaged(self) -> dict[int, str]:
@@ -227,18 +258,26 @@ class Shards:
 
     def verify_all(self, progress: Callable[[int, int], None] | None = None) -> list[ShardReport]:
         """Hash every committed shard now, stamps or not, and withdraw what is damaged; reports by shard."""
+        with self._lock:
+            # What was condemned before and could not be moved aside may have been restored.
+            self._condemned.clear()
+            self._signature = None
         self.refresh()
         shards = sorted(self.state.commits)
-        reports = {shard: ShardReport(shard, problem) for shard, problem in self.damaged().items()}
+        unread: dict[int, str] = {}
         for done, shard in enumerate(shards, 1):
-            with self._lock:
-                if shard in self.state.commits:
-                    problem = self._examine(shard, trust_stamps=False, hash_now=True)
-                    reports[shard] = ShardReport(shard, problem)
+            try:
+                with self._checking[shard]:
+                    self._examine(shard, trust_stamps=False, hash_now=True)
+            except StorageFault as error:
+                unread[shard] = error.message
             if progress is not None:
                 progress(done, len(shards))
         self._save_stamps()
-        return [reports[shard] for shard in sorted(reports)]
+        damaged = self.damaged()
+        gone = {shard: "withdrawn by another process meanwhile" for shard in shards if shard not in self.state.commits}
+        problems = gone | damaged | unread
+        return [ShardReport(shard, problems.get(shard)) for shard in sorted({*shards, *problems})]
 
     def _unverified(self) -> list[int]:
         return [shard for shard in sorted(self.state.commits) if not self._verified[shard]]
@@ -252,15 +291,16 @@ class Shards:
         """Admit and hash what is not verified yet, shard by shard, so that requests seldom have to wait for it."""
         tried: set[int] = set()
         while not self._closing.is_set():
-            with self._lock:
-                shard = next((shard for shard in self._unverified() if shard not in tried), None)
-                if shard is None:
-                    break
-                tried.add(shard)
-                try:
-                    self._examine(shard, trust_stamps=True, hash_now=True)
-                except StorageFault as error:
-                    log.error("label set %s: shard %d was not verified: %s", self._places.root.name, shard, error)
+            shard = next((shard for shard in self._unverified() if shard not in tried), None)
+            if shard is None:
+                break
+            tried.add(shard)
+            try:
+                with self._checking[shard]:
+                    if not self._verified[shard]:
+                        self._examine(shard, trust_stamps=True, hash_now=True)
+            except StorageFault as error:
+                log.error("label set %s: shard %d was not verified: %s", self._places.root.name, shard, error)
         self._save_stamps()
 
     def _save_stamps(self) -> None:

@@ -5,6 +5,7 @@ committed stays and the next writer continues; what was not is removed under the
 It knows nothing of teachers or datasets.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 
 from logitcache.labels.errors import (
     DatasetChanged,
-    IdentityChanged,
     InvalidRequest,
     NotALabelSet,
     ShapeMismatch,
@@ -26,10 +26,11 @@ from logitcache.labels.errors import (
 from logitcache.labels.identity import Identity, canonical_json, check_name
 from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine
 from logitcache.storage.files import Files
-from logitcache.storage.layout import ROW_QUANTUM, Layout, Places, default_rows_per_shard
+from logitcache.storage.layout import Layout, Places, default_rows_per_shard
 from logitcache.storage.lock import WriterLock
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.records import Commit, Generation, newest_generation, numbered
+from logitcache.storage.terms import check_rows_per_shard, refuse_another
 
 
 class LabelSetWriter:
@@ -64,7 +65,7 @@ class LabelSetWriter:
         files: Files | None = None,
     ) -> None:
         check_name(path.name)
-        check_rows_per_shard(rows_per_shard)
+        check_rows_per_shard(rows_per_shard, examples)
         self.path, self._places, self._files = path, Places(path), files or Files()
         self._claim_folder()
         self._lock = WriterLock(self._places.lock)
@@ -88,12 +89,10 @@ class LabelSetWriter:
             if not store.parent.is_dir():
                 raise StoreNotFound(f"the store {store} cannot be made: {store.parent} does not exist")
             self._files.make_folder(store)
-        ours = {"lock", "staging"}
         if self.path.is_dir() and not self._places.lock.exists() and any(self.path.iterdir()):
-            if self._places.group.exists():
-                read_layout(self.path)
-            elif {entry.name for entry in self.path.iterdir()} - ours:
+            if not self._places.group.exists():
                 raise NotALabelSet(f"{self.path} holds files that logitcache did not write: use another name")
+            read_layout(self.path)
         self._files.make_folder(self.path)
 
     def _create(self) -> None:
@@ -183,15 +182,16 @@ class LabelSetWriter:
 
         Raises:
             ShapeMismatch: an array is not what the layout says.
-            DiskFull, StoreNotWritable, StorageFault: nothing was committed, and what was staged is removed if that is
-                possible.
+            DatasetChanged: the shard was sealed with other examples, before it was damaged and withdrawn.
+            DiskFull, StoreNotWritable, StorageFault: as they say. The shard is not committed (or is, whole, if only the
+                last sync failed: the next writer finds out), and what was staged is removed if that is possible.
         """
         if shard in self._commits or not 0 <= shard < self.layout.shards:
             raise InvalidRequest(f"shard {shard} is not missing")
         slots = {name: self._padded(shard, name, arrays[name]) for name in self.layout.arrays}
         try:
             commit = self._publish(shard, slots, statistics)
-        except StorageFault:
+        except (StorageFault, DatasetChanged):
             self._clear_after_failure()
             raise
         self._commits[shard] = commit
@@ -205,6 +205,7 @@ class LabelSetWriter:
             files.write(staged, array.data)
             files.fsync(staged)
             hashes[name] = hashlib.sha256(array.data).hexdigest()
+        self._refuse_other_examples(shard, hashes)
         for name in slots:
             files.publish(self._staged(f"{name}.{shard}"), places.chunk(self.layout.arrays[name], shard))
         for name in slots:
@@ -215,6 +216,28 @@ class LabelSetWriter:
         commit, data = Commit.of(self.layout, shard, hashes)
         files.create(self._staged(f"commit.{shard}"), places.commit(shard), data)
         return commit
+
+    def _refuse_other_examples(self, shard: int, hashes: dict[str, str]) -> None:
+        """A repair may give other rows (and then a new generation), but never labels of other examples."""
+        sealed = self._sealed_commit(shard)
+        if sealed is not None and any(sealed.arrays[name] != hashes[name] for name in ("ids", "fingerprint")):
+            span = self.layout.span(shard)
+            raise DatasetChanged(
+                f"examples {span.start:,} to {span.stop - 1:,} are not those that were labelled before shard {shard} "
+                "was damaged: the dataset was re-ordered or changed. Nothing was changed: restore it, or label it "
+                "under another name",
+                shard=shard,
+            )
+
+    def _sealed_commit(self, shard: int) -> Commit | None:
+        """The commit that the newest generation lists for a withdrawn shard, if quarantine still has it."""
+        generation = self.generation
+        for path in self._places.quarantine.glob(f"*-shard-{shard}/commit.json") if generation else ():
+            with contextlib.suppress(ShardDamaged, FileNotFoundError):
+                commit = Commit.read(path, self.layout, shard)
+                if generation is not None and commit.sha256 == generation.commits[shard]:
+                    return commit
+        return None
 
     def _padded(self, shard: int, name: str, rows: np.ndarray) -> np.ndarray:
         """The array's bytes of a whole chunk: unused slots zero, little-endian."""
@@ -268,45 +291,3 @@ class LabelSetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_rows_per_shard(rows_per_shard: int | None) -> None:
-    """Refuse a shard size whose chunk files would not be whole pages.
-
-    Raises:
-        InvalidRequest: not a positive multiple of 4,096.
-    """
-    if rows_per_shard is not None and (rows_per_shard < ROW_QUANTUM or rows_per_shard % ROW_QUANTUM):
-        nearest = max(1, round(rows_per_shard / ROW_QUANTUM)) * ROW_QUANTUM
-        raise InvalidRequest(
-            f"--rows-per-shard {rows_per_shard} is not a positive multiple of {ROW_QUANTUM:,}: try {nearest:,}"
-        )
-
-
-def refuse_another(
-    name: str, layout: Layout, identity: Identity, examples: int, rows_per_shard: int | None = None
-) -> None:
-    """Refuse to continue a label set with anything that would make its rows those of another one.
-
-    Raises:
-        IdentityChanged: fields differ; each is named with both values.
-        DatasetChanged: it was begun over another number of examples.
-    """
-    fields: dict[str, tuple[Any, Any]] = layout.identity.differences(identity)
-    if rows_per_shard is not None and rows_per_shard != layout.rows_per_shard:
-        fields["rows_per_shard"] = (layout.rows_per_shard, rows_per_shard)
-    if fields:
-        told = "; ".join(f"{field} was {old!r} and is now {new!r}" for field, (old, new) in fields.items())
-        raise IdentityChanged(
-            f"label set {name!r} was begun with something else: {told}. Nothing was changed: "
-            "run with the old values, or give the new label set another name",
-            fields={field: list(values) for field, values in fields.items()},
-        )
-    if examples != layout.examples:
-        verb = "shrank" if examples < layout.examples else "grew"
-        raise DatasetChanged(
-            f"label set {name!r} was begun over {layout.examples:,} examples, the dataset {verb} to {examples:,}. "
-            "Nothing was changed: label it under another name",
-            was=layout.examples,
-            now=examples,
-        )

@@ -1,0 +1,321 @@
+"""Two processes or threads at one label set at a time: the orders of events that could go wrong, made to happen."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.conformance import assert_rows_equal
+
+from logitcache.labels.errors import DatasetChanged, LabelSetLocked, RowsMissing, StorageFault
+from logitcache.storage import LocalLabelSet, admission, shards
+from logitcache.storage.lock import WriterLock
+
+SECOND = ROWS_PER_SHARD
+"""First id of shard 1."""
+
+
+@pytest.fixture(scope="session")
+def source() -> Reference:
+    return reference(3)
+
+
+@pytest.fixture(scope="session")
+def sound(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("store") / "sound", source)
+
+
+@pytest.fixture
+def label_set(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "store" / "set"))
+
+
+@pytest.fixture
+def no_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the background thread, so that nothing is checked but what a request asks for."""
+    monkeypatch.setattr(shards.Shards, "_start_verifier", lambda self: None)
+
+
+def damage(label_set: Path, shard: int) -> None:
+    chunk = label_set / "logits" / f"c.{shard}.0"
+    content = bytearray(chunk.read_bytes())
+    content[11] ^= 2
+    aside = chunk.with_name("aside")
+    aside.write_bytes(content)
+    aside.rename(chunk)
+
+
+def repair(label_set: Path, source: Reference) -> None:
+    with writer_of(label_set, source) as writer:
+        commit_shards(writer, source, writer.missing)
+        writer.seal()
+
+
+@pytest.mark.usefixtures("no_verifier")
+def test_a_request_waits_for_the_check_of_its_own_shard(label_set: Path, source: Reference) -> None:
+    damage(label_set, 1)
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing, match="damaged: 1"):
+        reader.fetch([SECOND])
+    assert reader.describe().shards.verified == 0
+    assert_rows_equal(reader.fetch([2 * SECOND]), source, np.array([2 * SECOND]))
+    assert reader.describe().shards.verified == 1
+    reader.close()
+
+
+@pytest.mark.usefixtures("no_verifier")
+def test_in_background_mode_a_request_does_not_wait(label_set: Path) -> None:
+    damage(label_set, 1)
+    reader = LocalLabelSet(label_set, verify="background")
+    assert len(reader.fetch([SECOND])) == 1
+    reader.close()
+
+
+def blocked_hashing(monkeypatch: pytest.MonkeyPatch, shard: int) -> tuple[threading.Event, threading.Event]:
+    """Make hashing of one shard begin, say so, and wait until it may go on."""
+    began, may_end = threading.Event(), threading.Event()
+    check = admission.check_hashes
+
+    def waiting(files: Any, commit: Any) -> None:
+        if files.shard == shard:
+            began.set()
+            assert may_end.wait(30)
+        check(files, commit)
+
+    monkeypatch.setattr(shards, "check_hashes", waiting)
+    return began, may_end
+
+
+@pytest.mark.parametrize("verify", ["strict", "background"])
+def test_rows_of_other_shards_are_served_while_one_is_hashed(
+    label_set: Path, source: Reference, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    began, may_end = blocked_hashing(monkeypatch, 1)
+    reader = LocalLabelSet(label_set, verify=verify)
+    assert began.wait(30)
+    reader._shards._looked_at = 0.0
+    # Were a lock held, these would never come back.
+    assert_rows_equal(reader.fetch([5, 2 * SECOND]), source, np.array([5, 2 * SECOND]))
+    assert reader.describe().shards.committed == 3
+    assert reader.damaged() == {}
+    may_end.set()
+    assert_rows_equal(reader.fetch([SECOND]), source, np.array([SECOND]))
+    reader.close()
+
+
+def test_a_shard_that_is_repaired_while_it_is_hashed_is_served_as_repaired(
+    label_set: Path, source: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(label_set, 1)
+    began, may_end = blocked_hashing(monkeypatch, 1)
+    reader = LocalLabelSet(label_set)
+    assert began.wait(30)
+    repair(label_set, source)
+    may_end.set()
+    assert reader._shards._verifier is not None
+    reader._shards._verifier.join()
+    assert (label_set / "commits" / "1.json").exists(), "the repaired shard was quarantined"
+    assert len(list((label_set / "quarantine").iterdir())) == 1
+    assert_rows_equal(reader.fetch([SECOND]), source, np.array([SECOND]))
+    assert reader.damaged() == {}
+    reader.close()
+
+
+@pytest.mark.usefixtures("no_verifier")
+def test_a_shard_that_is_repaired_before_the_reader_gets_the_lock_is_left_alone(
+    label_set: Path, source: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(label_set, 1)
+    reader = LocalLabelSet(label_set)
+
+    def lock_after_a_repair(path: Path) -> WriterLock:
+        monkeypatch.setattr(shards, "WriterLock", WriterLock)
+        repair(label_set, source)
+        return WriterLock(path)
+
+    monkeypatch.setattr(shards, "WriterLock", lock_after_a_repair)
+    with pytest.raises(RowsMissing):
+        reader.fetch([SECOND])
+    assert (label_set / "commits" / "1.json").exists()
+    assert len(list((label_set / "quarantine").iterdir())) == 1
+    reader._shards.refresh()
+    assert_rows_equal(reader.fetch([SECOND]), source, np.array([SECOND]))
+    reader.close()
+
+
+def test_a_shard_withdrawn_and_committed_again_between_two_looks_is_mapped_anew(
+    label_set: Path, source: Reference
+) -> None:
+    reader = LocalLabelSet(label_set)
+    old = reader.fetch([SECOND])
+    damage(label_set, 1)
+    other = Reference(source.layout, source.logits[:, ::-1].copy())
+    repair(label_set, other)
+    reader._shards.refresh()
+    new = reader.fetch([SECOND])
+    assert_rows_equal(new, other, np.array([SECOND]))
+    assert new.digest != old.digest
+    reader.close()
+
+
+def test_rows_gathered_before_a_repair_are_not_given_out_after_it(
+    label_set: Path, source: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    other = Reference(source.layout, source.logits[:, ::-1].copy())
+    gather: Callable[..., None] = reader._gather
+    calls: list[int] = []
+
+    def repaired_meanwhile(*arguments: Any) -> None:
+        gather(*arguments)
+        calls.append(1)
+        if len(calls) == 1:
+            damage(label_set, 1)
+            repair(label_set, other)
+            reader._shards.refresh()
+            reader._shards.admit([1])
+
+    monkeypatch.setattr(reader, "_gather", repaired_meanwhile)
+    assert_rows_equal(reader.fetch([SECOND]), other, np.array([SECOND]))
+    assert len(calls) == 2
+    reader.close()
+
+
+def test_verifying_reports_a_shard_that_another_reader_withdraws_meanwhile(label_set: Path) -> None:
+    reader = LocalLabelSet(label_set)
+
+    def other_reader(done: int, total: int) -> None:
+        if done == 1:
+            damage(label_set, 2)
+            other = LocalLabelSet(label_set)
+            other.verify_all()
+            other.close()
+
+    reports = reader.verify_all(other_reader)
+    assert [report.shard for report in reports] == [0, 1, 2]
+    assert [report.ok for report in reports] == [True, True, False]
+    reader.close()
+
+
+def test_verifying_reports_what_the_background_thread_has_withdrawn(label_set: Path) -> None:
+    damage(label_set, 1)
+    reader = LocalLabelSet(label_set)
+    assert reader._shards._verifier is not None
+    reader._shards._verifier.join()
+    assert [report.ok for report in reader.verify_all()] == [True, False, True]
+    reader.close()
+
+
+def test_a_shard_that_was_restored_is_found_sound_by_verifying(label_set: Path, source: Reference, sound: Path) -> None:
+    damage(label_set, 1)
+    with writer_of(label_set.with_name("other"), source):
+        pass
+    holder = WriterLock(label_set / "lock")
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing):
+        reader.fetch([SECOND])
+    holder.release()
+    (label_set / "logits" / "c.1.0").unlink()
+    shutil.copyfile(sound / "logits" / "c.1.0", label_set / "logits" / "c.1.0")
+    assert all(report.ok for report in reader.verify_all())
+    assert_rows_equal(reader.fetch([SECOND]), source, np.array([SECOND]))
+    reader.close()
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_of_the_disk_and_not_of_the_shard(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.pread
+
+    def failing(handle: int, count: int, offset: int) -> bytes:
+        if count > 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(handle, count, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(StorageFault, match="Input/output error"):
+        reader.fetch([SECOND])
+    assert [report.problem for report in reader.verify_all()] == ["a chunk file cannot be read: Input/output error"] * 3
+    monkeypatch.undo()
+    assert len(reader.fetch([SECOND])) == 1
+    reader.close()
+
+
+def test_closing_waits_for_the_shard_that_is_being_hashed(label_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_end = blocked_hashing(monkeypatch, 0)
+    reader = LocalLabelSet(label_set)
+    assert began.wait(30)
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    may_end.set()
+    closing.join()
+    assert not any(thread.name == "logitcache-verify" for thread in threading.enumerate())
+
+
+def hold_with_a_child(path: Path, ready: int, over: int) -> None:
+    held = WriterLock(path)
+    if os.fork() == 0:
+        os.write(ready, b"1")
+    os.read(over, 1)
+    assert held is not None
+    os._exit(0)
+
+
+def test_a_forked_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path: Path) -> None:
+    is_ready, ready = os.pipe()
+    over, is_over = os.pipe()
+    context = multiprocessing.get_context("fork")
+    writer = context.Process(target=hold_with_a_child, args=(tmp_path / "lock", ready, over))
+    writer.start()
+    assert os.read(is_ready, 1) == b"1"
+    with pytest.raises(LabelSetLocked, match=str(writer.pid)):
+        WriterLock(tmp_path / "lock")
+    writer.kill()
+    writer.join()
+    # The child is still there, waiting for a byte that has not been written.
+    WriterLock(tmp_path / "lock").release()
+    os.write(is_over, b"1")
+    for handle in (is_ready, ready, over, is_over):
+        os.close(handle)
+
+
+def test_a_lock_that_cannot_be_noted_holds_and_one_that_fails_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("logitcache.storage.lock.os.pwrite", full)
+        with WriterLock(tmp_path / "lock"), pytest.raises(LabelSetLocked):
+            WriterLock(tmp_path / "lock")
+    with monkeypatch.context() as patch:
+        patch.setattr("logitcache.storage.lock.fcntl.flock", full)
+        with pytest.raises(StorageFault):
+            WriterLock(tmp_path / "lock")
+    open_files = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+    assert str(tmp_path / "lock") not in open_files
+
+
+def test_a_repair_never_labels_other_examples(label_set: Path, source: Reference) -> None:
+    damage(label_set, 1)
+    with writer_of(label_set, source) as writer:
+        arrays = source.arrays(source.layout.span(1))
+        changed = arrays["fingerprint"].copy()
+        changed[7] += np.uint64(1)
+        with pytest.raises(DatasetChanged, match=r"examples 4,096 to 8,191 .* before shard 1 was damaged"):
+            writer.commit(1, arrays | {"fingerprint": changed}, {})
+        assert list((label_set / "staging").iterdir()) == []
+        writer.commit(1, arrays, {})
+        assert writer.seal().number == 1
