@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.labels.identity import Dtype, Identity, TeacherId
+from logitcache.labels.soft_labels import SoftLabels
 from logitcache.storage.layout import Layout
 from logitcache.storage.statistics import retained_mass
 from logitcache.storage.writer import LabelSetWriter
@@ -88,8 +89,6 @@ def reference(
 
 def statistics_of(arrays: dict[str, np.ndarray], identity: Identity) -> dict[str, Any]:
     """What precompute would note of these rows."""
-    from logitcache.labels.soft_labels import SoftLabels
-
     scalars = arrays["scalars"]
     rows = SoftLabels(
         arrays["indices"],

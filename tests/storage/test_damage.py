@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import RowsMissing
@@ -15,21 +15,6 @@ from logitcache.storage import LocalLabelSet, admission, shards
 
 DAMAGED = 1
 """The shard that is damaged; its neighbours must stay served."""
-
-
-@pytest.fixture(scope="session")
-def source() -> Reference:
-    return reference(3)
-
-
-@pytest.fixture(scope="session")
-def sound(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("store") / "sound", source)
-
-
-@pytest.fixture
-def label_set(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "store" / "set"))
 
 
 def flip_a_bit(path: Path) -> None:

@@ -23,11 +23,6 @@ from logitcache.storage import LocalLabelSet, label_set_names
 
 
 @pytest.fixture(scope="session")
-def source() -> Reference:
-    return reference(3)
-
-
-@pytest.fixture(scope="session")
 def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("store")
     build(store / "complete", source)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import DatasetChanged, LabelSetLocked, RowsMissing, StorageFault
@@ -20,21 +20,6 @@ from logitcache.storage.lock import WriterLock
 
 SECOND = ROWS_PER_SHARD
 """First id of shard 1."""
-
-
-@pytest.fixture(scope="session")
-def source() -> Reference:
-    return reference(3)
-
-
-@pytest.fixture(scope="session")
-def sound(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("store") / "sound", source)
-
-
-@pytest.fixture
-def label_set(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "store" / "set"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from tests.building import Reference, build, commit_shards, reference, writer_of
+from tests.building import Reference, build, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
 from tests.storage.faults import Counting, failing, full_disk
 
@@ -34,11 +34,6 @@ from logitcache.labels.identity import TeacherId, label_set_digest
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.layout import Layout, default_rows_per_shard
 from logitcache.storage.writer import LabelSetWriter
-
-
-@pytest.fixture(scope="session")
-def source() -> Reference:
-    return reference(3)
 
 
 @pytest.fixture
