@@ -287,3 +287,13 @@ def test_what_cannot_be_right_is_named() -> None:
     for options in wrong:
         with pytest.raises(InvalidRequest, match=next(iter(options)).removesuffix("s")):
             distillation_loss(student, soft, **options)
+
+
+def test_a_target_that_is_no_class_is_refused_unless_its_example_is_masked() -> None:
+    dense = dense_logits(3, 5)
+    student, targets = student_like(3, 5), torch.tensor([1, 99, -1])
+    with pytest.raises(InvalidRequest, match="target 99 is not one of the student's 5 classes"):
+        distillation_loss(student, labels_of(dense, 5), targets=targets)
+    masked = distillation_loss(student, labels_of(dense, 5), targets=targets, mask=torch.tensor([True, False, False]))
+    alone = distillation_loss(student[:1], labels_of(dense[:1], 5), targets=targets[:1])
+    assert torch.allclose(masked, alone)

@@ -1,8 +1,11 @@
 """The HTTP reader against the real server: the conformance of all readers, and what lies between the two."""
 
+import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +15,7 @@ import pytest
 from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
 from tests.conformance import LabelSetConformance, assert_rows_equal
 
-from logitcache.client import HttpLabelSet, connect
+from logitcache.client import HttpLabelSet, Labels, TeacherMismatch, connect
 from logitcache.labels.errors import (
     DigestChanged,
     LabelSetNotFound,
@@ -187,3 +190,39 @@ def test_a_folder_that_cannot_be_read_does_not_take_the_others_down(own_store: P
             connect(f"{base}/foreign")
         with connect(f"{base}/set") as labels:
             assert_rows_equal(labels.fetch([1]), source, np.array([1]))
+
+
+def test_another_label_set_in_the_same_place_is_noticed(source: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    build(store / "set", source)
+    with running(create_app(Catalog(store))) as base:
+        pinned = connect(f"{base}/set", teacher="seed 0")
+        free = connect(f"{base}/set")
+        assert pinned.fetch([1]).digest == free.fetch([1]).digest
+        (store / "set").rename(tmp_path / "old")
+        build(store / "set", reference(3, seed=9))
+        with pytest.raises(TeacherMismatch, match="seed 9"):
+            fetch_for_five_seconds(pinned)
+        with pytest.raises(DigestChanged, match=r"replaced by another label set \(teacher.weights changed\)"):
+            fetch_for_five_seconds(free)
+        pinned.close()
+        free.close()
+
+
+def fetch_for_five_seconds(labels: Labels) -> None:
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        labels.fetch([1])
+        time.sleep(0.05)
+
+
+def test_bytes_that_are_not_http_are_answered_with_a_problem(url: str) -> None:
+    address = httpx.URL(url)
+    for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
+            connection.sendall(garbage)
+            answer = b"".join(iter(partial(connection.recv, 65_536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert b"application/problem+json" in head
+        assert json.loads(body)["code"] == "request-refused"

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.workload import workload
 
 from logitcache.labels.errors import DiskFull, RowsMissing, StoreNotWritable
-from logitcache.server import precompute as module
+from logitcache.server import space
 from logitcache.server.precompute import precompute
 from logitcache.storage import LocalLabelSet
 
@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_is_committed_and_goes_on_wit
 ) -> None:
     asked = workload(small_disk / "store")
     # As if another program took the space meanwhile.
-    monkeypatch.setattr(module, "free_bytes", lambda path: 1 << 40)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 1 << 40)
     with pytest.raises(DiskFull, match="what is committed is kept"):
         precompute(asked.request)
     reader = LocalLabelSet(asked.path)

@@ -118,7 +118,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_serve_refuses_an_address_that_others_reach(finished_store: Path) -> None:
-    assert "--auth none" in refused(run("serve", "--host", "0.0.0.0", store=finished_store))
+    assert "--auth none" in refused(run("serve", "--host", "0.0.0.0", "--port", "0", store=finished_store))
 
 
 def test_the_version_is_told() -> None:

@@ -24,7 +24,7 @@ from logitcache.labels.errors import (
     TeacherFault,
 )
 from logitcache.labels.identity import declared
-from logitcache.server import precompute as module
+from logitcache.server import space
 from logitcache.server.plan import plan
 from logitcache.server.precompute import precompute
 from logitcache.server.preparation import Request
@@ -320,9 +320,10 @@ def test_a_foreign_folder_is_left_alone(store: Path) -> None:
 
 
 def test_too_little_space_is_told_before_any_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 1_000_000)
     with pytest.raises(DiskFull, match=r"needs 1\.\d+ MB for 3 more shards, 1 MB are free"):
         precompute(request(store))
+    assert not store.exists()
     monkeypatch.undo()
     assert precompute(request(store)).labelled == 9000
 
@@ -335,7 +336,7 @@ def test_the_plan_says_size_and_time_and_writes_nothing(store: Path) -> None:
     assert "rows/s" in text
     precompute(request(store))
     stored = sum(file.stat().st_size for file in (store / "set").glob("*/c.*"))
-    assert planned.needed_bytes == stored
+    assert planned.needed_bytes == stored + space.SPARE_BYTES
     again = plan(request(store))
     assert (again.missing, again.missing_rows, again.needed_bytes) == (0, 0, 0)
     with pytest.raises(IdentityChanged):

@@ -91,7 +91,7 @@ def test_a_port_that_does_not_exist_is_named() -> None:
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.7", 0), ("no-such-host.invalid", 0), ("", 0)])
 def test_an_address_that_cannot_be_listened_on_is_named(host: str, port: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"cannot listen on {host}"), listening(host, port):
+    with pytest.raises(InvalidRequest, match=f"cannot listen on {host}"), listening(host, port, "none"):
         pass
 
 
@@ -115,7 +115,7 @@ def test_an_address_that_others_reach_needs_to_be_told_that_there_are_no_keys(ho
 
 
 def test_the_url_of_an_address_for_everyone_is_one_that_this_machine_can_open() -> None:
-    with listening("0.0.0.0", 0) as listener:
+    with listening("0.0.0.0", 0, "none") as listener:
         assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

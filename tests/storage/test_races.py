@@ -304,3 +304,34 @@ def test_a_repair_never_labels_other_examples(label_set: Path, source: Reference
         assert list((label_set / "staging").iterdir()) == []
         writer.commit(1, arrays, {})
         assert writer.seal().number == 1
+
+
+def test_a_scrub_finds_what_rotted_after_it_was_verified(label_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = LocalLabelSet(label_set, scrub_s=0.05)
+    assert len(reader.fetch([SECOND])) == 1
+    damage(label_set, 1)
+    found = threading.Event()
+    withdraw = reader._shards._withdraw
+
+    def noticed(*arguments: Any) -> None:
+        withdraw(*arguments)
+        found.set()
+
+    monkeypatch.setattr(reader._shards, "_withdraw", noticed)
+    assert found.wait(30)
+    with pytest.raises(RowsMissing, match="damaged: 1"):
+        reader.fetch([SECOND])
+    reader.close()
+    assert not any(thread.name == "logitcache-scrub" for thread in threading.enumerate())
+
+
+def test_several_shards_damaged_at_once_are_all_moved_aside(label_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for shard in range(3):
+        damage(label_set, shard)
+    reader = LocalLabelSet(label_set)
+    with pytest.raises(RowsMissing):
+        reader.fetch([0, SECOND, 2 * SECOND])
+    reader.close()
+    assert list((label_set / "commits").iterdir()) == []
+    assert len(list((label_set / "quarantine").iterdir())) == 3
+    assert "stay where they are" not in caplog.text

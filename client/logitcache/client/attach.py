@@ -52,7 +52,7 @@ class AttachedLoader(Generic[Batch]):
         self,
         loader: Iterable[Batch],
         fetch: Fetch,
-        tally: Tally,
+        tally: Callable[[], Tally],
         *,
         ids: Part,
         inputs: Part | None = None,
@@ -112,7 +112,7 @@ class AttachedLoader(Generic[Batch]):
     def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
         started_s = time.perf_counter()
         soft = step.soft.result()
-        self._tally.step_waited(1000 * (time.perf_counter() - started_s))
+        self._tally().step_waited(1000 * (time.perf_counter() - started_s))
         self._delivered = step.state
         return step.batch, soft if self._device is None else soft.to(self._device, non_blocking=True)
 

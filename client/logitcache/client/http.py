@@ -66,12 +66,14 @@ class HttpLabelSet:
         transport: httpx.BaseTransport | None = None,
         tally: Tally | None = None,
     ) -> None:
-        if retries is not None and retries < 0:
-            raise InvalidRequest(f"retries={retries} is below 0: give 0 for none, or None for as many as time allows")
+        if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
+            raise InvalidRequest(
+                f"retries={retries!r} is no count: give 0 for none, or None for as many as time allows"
+            )
         self.base_url, self.name = base_url, name
         self._timeout_s, self._retries = timeout_s, retries
         self._tally = tally or Tally()
-        self._sizes: tuple[int, int] | None = None  # rows a fetch, bytes a row
+        self._described: Description | None = None
         if transport is None:
             transport = DeadlineTransport(httpx.create_ssl_context() if base_url.startswith("https:") else None)
         self._client = httpx.Client(transport=transport, headers={"Accept-Encoding": "identity"}, trust_env=False)
@@ -97,7 +99,7 @@ class HttpLabelSet:
         try:
             return self._fetch_parts(call, digest)
         except DigestChanged:
-            if digest is not None or len(call.ids) <= self._known_sizes(call.deadline)[0]:
+            if digest is not None or len(call.ids) <= self._rows_a_request(call.deadline):
                 raise
             return self._fetch_parts(call, digest)
 
@@ -109,18 +111,21 @@ class HttpLabelSet:
         description = Description.from_json(
             parse_json(self._exchange("GET", self.url, None, JSON, MAX_TEXT_BYTES, deadline))
         )
-        row_bytes = description.row_spec.row_bytes
-        self._sizes = description.limits.rows_a_fetch(row_bytes), row_bytes
+        if description.name != self.name:
+            raise MalformedMessage(f"{self.url} describes {description.name[:80]!r}: is that a logitcache server?")
+        self._described = description
         return description
 
-    def _known_sizes(self, deadline: Deadline) -> tuple[int, int]:
-        """Rows that one request may ask for, and bytes of a row; the description is read for them once."""
-        if self._sizes is None:
-            self._describe(deadline)
-        return self._sizes or (1, 0)
+    def _known(self, deadline: Deadline) -> Description:
+        """The description as it was read last; read once if it never was."""
+        return self._described or self._describe(deadline)
+
+    def _rows_a_request(self, deadline: Deadline) -> int:
+        description = self._known(deadline)
+        return description.limits.rows_a_fetch(description.row_spec.row_bytes)
 
     def _fetch_parts(self, call: "_Fetch", digest: str | None) -> SoftLabels:
-        size, _ = self._known_sizes(call.deadline)
+        size = self._rows_a_request(call.deadline)
         parts: list[SoftLabels] = []
         missing: list[RowsMissing] = []
         for begin in range(0, len(call.ids), size):
@@ -139,15 +144,31 @@ class HttpLabelSet:
     def _fetch_part(self, call: "_Fetch", digest: str | None) -> SoftLabels:
         url, asked = f"{self.url}/fetch", len(call.ids)
         request = wire.encode_ids(call.ids, view=call.view, digest=digest, on_missing=call.on_missing)
-        most_bytes = asked * (self._known_sizes(call.deadline)[1] + 1) + wire.MAX_HEADER_BYTES + 8
+        described = self._known(call.deadline)
+        most_bytes = asked * (described.row_spec.row_bytes + 1) + wire.MAX_HEADER_BYTES + 8
         soft = wire.decode_rows(self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, call.deadline))
         if len(soft) != asked:
             raise MalformedMessage(f"{url} answered with {len(soft):,} rows for {asked:,} ids; nothing of it was used")
+        self._check_rows(soft, described, call.on_missing)
         if digest is not None:
             self._check_digest(soft, digest)
-        if call.on_missing == "mask" and soft.present is None:
-            soft = replace(soft, present=np.ones(asked, bool))
         return soft
+
+    def _check_rows(self, soft: SoftLabels, described: Description, on_missing: OnMissing) -> None:
+        """Refuse rows that are not what the description says, before anyone trains on them."""
+        spec, classes = described.row_spec, described.identity.classes
+        found = (soft.indices.shape[1], soft.indices.dtype, soft.logits.dtype, soft.temperatures)
+        if found != (spec.k, np.dtype(spec.index_dtype), np.dtype(spec.dtype), spec.temperatures):
+            raise DigestChanged(
+                f"{self.url} sends rows of another shape than it described (k, dtypes, temperatures: {found}): "
+                "another label set stands there now; connect again to take it",
+                served=soft.digest,
+            )
+        if (soft.present is not None) != (on_missing == "mask"):
+            raise MalformedMessage(f"{self.url} sends a mask that was not asked for, or none where it was")
+        largest = int(soft.indices.max(initial=0))
+        if largest >= classes:
+            raise MalformedMessage(f"{self.url} sends class {largest:,} of a teacher with {classes:,} classes")
 
     def _check_digest(self, soft: SoftLabels, digest: str | None) -> None:
         if soft.digest != digest:
@@ -162,10 +183,14 @@ class HttpLabelSet:
     def _all_missing(self, parts: list[RowsMissing], call: "_Fetch") -> RowsMissing:
         unknown = list(dict.fromkeys(missing for part in parts for missing in part.unknown))
         unlabelled = list(dict.fromkeys(missing for part in parts for missing in part.unlabelled))
+        told = []
+        if unknown:
+            told.append(f"unknown: {shown(unknown)}; its ids are 0 to {self._known(call.deadline).examples - 1:,}")
+        if unlabelled:
+            told.append(f"without labels: {shown(unlabelled)}; run its precompute again")
         return RowsMissing(
             f"{len(unknown) + len(unlabelled):,} of {len(np.unique(call.ids)):,} examples have no labels in "
-            f"{self.name!r} (unknown: {shown(unknown) or 'none'}; not labelled yet: {shown(unlabelled) or 'none'}); "
-            'check the ids, run its precompute again to finish it, or ask with on_missing="mask"',
+            f"{self.name!r}: {'; '.join(told)}",
             unknown=unknown,
             unlabelled=unlabelled,
         )
@@ -201,6 +226,10 @@ class HttpLabelSet:
                     body = read_body(response, most_bytes if response.is_success else MAX_TEXT_BYTES, deadline)
                 finally:
                     response.close()
+        except RuntimeError as error:
+            if self._client.is_closed:
+                raise InvalidRequest(f"the connection to {self.url} was closed meanwhile: connect again") from error
+            raise
         except httpx.ConnectError as error:
             raise ServerUnreachable(
                 f"cannot connect to {self.base_url}: {error}; is `logitcache serve` running there?"

@@ -16,7 +16,7 @@ from logitcache.client.attach import AttachedLoader, Part
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.stats import Stats, Tally
 from logitcache.client.target import check_expected, open_label_set, parse_target
-from logitcache.labels.errors import InvalidRequest, LabelMismatch, ShapeMismatch, shown
+from logitcache.labels.errors import DigestChanged, InvalidRequest, LabelMismatch, ShapeMismatch, shown
 from logitcache.labels.fingerprints import fingerprints
 from logitcache.labels.identity import TeacherId
 from logitcache.labels.ids import as_ids
@@ -35,6 +35,7 @@ class _InProcess:
         self.pid = os.getpid()
         self.lock = threading.Lock()  # a lock that a thread of the parent held would never be released here
         self.reader: LabelSet | None = None
+        self.described: Description | None = None  # as it was when this process last checked it
         self.tally = Tally()
         self.inherited = inherited  # kept alive: collecting it would close sockets and mappings of the parent's reader
 
@@ -89,7 +90,9 @@ class Labels:
         wanted = as_ids(_on_cpu(ids))
         if inputs is not None and len(inputs) != len(wanted):
             raise ShapeMismatch(f"{len(inputs):,} inputs were given for {len(wanted):,} ids: one an id is needed")
-        soft = self._reader().fetch(wanted, view=view, digest=self._digest, on_missing=on_missing)
+        reader = self._reader()
+        soft = reader.fetch(wanted, view=view, digest=self._digest, on_missing=on_missing)
+        self._check_content(reader, soft)
         arrays = [getattr(soft, name) for name in _ARRAYS]
         self._here().tally.count(rows=len(soft), bytes=sum(array.nbytes for array in arrays if array is not None))
         if inputs is not None:
@@ -103,19 +106,22 @@ class Labels:
         ids: Part,
         view: int = 0,
         inputs: Part | None = None,
+        on_missing: OnMissing = "error",
         depth: int = 2,
         device: Any = None,
     ) -> AttachedLoader[Batch]:
         """The loader, with the labels of each batch beside it: iterating gives ``(batch, soft)``.
 
         Labels of the next ``depth`` batches are under way while a step computes. Otherwise it is the loader: its
-        length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes.
+        length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes. Batches are held
+        until their step: a loader that refills one buffer must be copied from, or attached with ``depth=0``.
 
         Args:
             loader: a DataLoader, or any iterable of batches.
             ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`.
             view: as in `fetch`.
             inputs: where a batch has the inputs, to check every one of them as `fetch` does; None checks nothing.
+            on_missing: as in `fetch`; `distillation_loss` takes the CE alone for rows that are masked.
             depth: batches whose labels are fetched ahead; each is held in memory.
             device: yield `SoftLabelTensors` there in place of NumPy arrays.
 
@@ -124,9 +130,11 @@ class Labels:
         """
 
         def fetch(ids: Any, inputs: Any) -> FetchedLabels:
-            return self.fetch(ids, view=view, inputs=inputs)
+            return self.fetch(ids, view=view, inputs=inputs, on_missing=on_missing)
 
-        return AttachedLoader(loader, fetch, self._here().tally, ids=ids, inputs=inputs, depth=depth, device=device)
+        return AttachedLoader(
+            loader, fetch, lambda: self._here().tally, ids=ids, inputs=inputs, depth=depth, device=device
+        )
 
     @property
     def stats(self) -> Stats:
@@ -169,12 +177,29 @@ class Labels:
                     self._target, timeout_s=self._timeout_s, retries=self._retries, tally=here.tally
                 )
                 try:
-                    check_expected(reader.describe(), digest=self._digest, teacher=self._teacher)
+                    here.described = reader.describe()
+                    check_expected(here.described, digest=self._digest, teacher=self._teacher)
                 except BaseException:
                     reader.close()
                     raise
                 here.reader = reader
             return here.reader
+
+    def _check_content(self, reader: LabelSet, soft: SoftLabels) -> None:
+        """Follow a label set that grows or is finished, and refuse another one that was put in its place."""
+        here = self._here()
+        if here.described is None or soft.digest == here.described.digest:
+            return
+        now = reader.describe()
+        check_expected(now, digest=self._digest, teacher=self._teacher)
+        if changed := here.described.identity.differences(now.identity):
+            raise DigestChanged(
+                f"{self!r} was replaced by another label set ({', '.join(changed)} changed): these rows are not of the "
+                "one that you connected to; connect again to take it",
+                expected=here.described.digest,
+                served=soft.digest,
+            )
+        here.described = now
 
     def _check_inputs(self, ids: np.ndarray, inputs: Any, soft: SoftLabels) -> None:
         try:
@@ -188,7 +213,8 @@ class Labels:
             wrong = list(dict.fromkeys(ids[differs].tolist()))
             raise LabelMismatch(
                 f"the inputs of {len(wrong):,} examples are not what the teacher was shown (ids: {shown(wrong)}): "
-                "the dataset was re-ordered or is preprocessed in another way; precompute labels for this one",
+                "the ids are not those of these inputs (was with_ids forgotten, or wrapped around a subset?), or the "
+                "dataset was re-ordered or is preprocessed in another way",
                 ids=wrong,
             )
 

@@ -75,6 +75,9 @@ def distillation_loss(
         per_example, counted = kl, labelled
     else:
         targets = targets.to(student_logits.device, torch.int64)
+        if mask is not None:
+            targets = targets.masked_fill(~mask, ignore_index)
+        _check_targets(targets, student_logits.shape[1], ignore_index)
         has_target = targets != ignore_index
         ce = F.cross_entropy(
             student_logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
@@ -147,6 +150,18 @@ def _checked(student: Tensor, soft: Soft, others: dict[str, Tensor | None]) -> T
             "teacher and student must share their classes"
         )
     return student if student.dtype == torch.float64 else student.float()
+
+
+def _check_targets(targets: Tensor, classes: int, ignore_index: int) -> None:
+    """On the CPU, where looking costs nothing: elsewhere it would make the host wait for the device."""
+    if targets.device.type != "cpu":
+        return
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
+    if len(wrong):
+        raise InvalidRequest(
+            f"target {int(wrong[0])} is not one of the student's {classes:,} classes, nor ignore_index={ignore_index}, "
+            "which means none"
+        )
 
 
 def _check_options(alpha: float, reduction: str, num_items: object, label_smoothing: float) -> None:

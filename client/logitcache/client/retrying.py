@@ -6,6 +6,7 @@ idempotent.
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -23,6 +24,9 @@ many training loops do not come back to a restarted server in the same instant."
 
 LONGEST_WAIT_S = 2.0
 """Upper bound of any wait that the server did not ask for."""
+
+TELL_EVERY_S = 10.0
+"""Seconds between two warnings of one call; its retries between are logged at debug level."""
 
 _LOG = logging.getLogger("logitcache.client")
 _BACK_OFF = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
@@ -59,9 +63,15 @@ def ask(
             f"the last error was: {error.message}"
         ) from error
 
+    told_s = -math.inf
+
     def note(state: RetryCallState) -> None:
+        nonlocal told_s
         on_retry()
-        level = logging.WARNING if state.upcoming_sleep else logging.DEBUG
+        now_s = time.monotonic()
+        loud = state.upcoming_sleep and now_s - told_s >= TELL_EVERY_S
+        told_s = now_s if loud else told_s
+        level = logging.WARNING if loud else logging.DEBUG
         _LOG.log(level, "%s; asking again in %.1f s", _error(state).message, state.upcoming_sleep)
 
     def is_over(state: RetryCallState) -> bool:

@@ -15,8 +15,9 @@ import httpx
 
 from logitcache.client import deadline
 
-KEEPALIVE_S = 4.0
-"""Idle seconds after which a connection is not used again: below the 5 s after which uvicorn closes it."""
+KEEPALIVE_S = 100.0
+"""Idle seconds after which a connection is not used again: below the 120 s after which our server closes it. One that a
+proxy closed sooner is replaced at once."""
 
 _EXCEPTIONS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
     (httpcore.ConnectTimeout, httpx.ConnectTimeout),

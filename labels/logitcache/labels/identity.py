@@ -129,7 +129,7 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidName(
-            f"{name!r} cannot be a label set's name: use 1 to 64 of a-z, 0-9, '.', '_', '-', "
+            f"{str(name)[:80]!r} cannot be a label set's name: use 1 to 64 of a-z, 0-9, '.', '_', '-', "
             "beginning with a letter or digit"
         )
     return name

@@ -41,7 +41,7 @@ def _refuse(ids: Any, array: np.ndarray) -> None:
     """Name the first id that is wrong; NumPy has turned a mixed list into floats, texts or objects by now."""
     for value in ids if isinstance(ids, list | tuple) else array:
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-            raise InvalidIds(f"id {value!r} is not a whole number, but {type(value).__name__}")
+            raise InvalidIds(f"id {repr(value)[:60]} is not a whole number, but {type(value).__name__}")
         if not -(2**63) <= int(value) < 2**63:
-            raise InvalidIds(f"id {value} is beyond 64 signed bits")
+            raise InvalidIds(f"id {str(value)[:60]} is beyond 64 signed bits")
     raise InvalidIds(f"ids must be whole numbers, not {array.dtype}")

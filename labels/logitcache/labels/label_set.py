@@ -4,7 +4,7 @@
 behaviour.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from logitcache.labels.errors import MalformedMessage
@@ -67,20 +67,45 @@ class Description:
 
     @classmethod
     def from_json(cls, value: Any) -> "Description":
-        """Read what `to_json` gave.
+        """Read what `to_json` gave. Members that this version does not know are passed over: a newer server has more.
 
         Raises:
             MalformedMessage: it is not a description.
         """
         try:
-            parts = {
-                "identity": Identity.from_json(value["identity"]),
-                "shards": Shards(**value["shards"]),
-                "limits": Limits(**value["limits"]),
-            }
-            return cls(**value | parts)
-        except (KeyError, ValueError, TypeError) as error:
+            return cls(
+                name=_text(value["name"]),
+                identity=Identity.from_json(value["identity"]),
+                examples=_count(value["examples"]),
+                labelled=_count(value["labelled"]),
+                digest=None if value["digest"] is None else _text(value["digest"]),
+                generation=None if value["generation"] is None else _count(value["generation"]),
+                shards=Shards(**{name: _count(value["shards"][name]) for name in _names_of(Shards)}),
+                label_bytes=_count(value["label_bytes"]),
+                limits=Limits(**{name: _count(value["limits"][name], least=1) for name in _names_of(Limits)}),
+                retained_mass={
+                    _text(name): {_text(key): float(mass) for key, mass in entry.items()}
+                    for name, entry in value["retained_mass"].items()
+                },
+            )
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise MalformedMessage(f"this is not the description of a label set: {error}") from None
+
+
+def _names_of(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} is not a text")
+    return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{value!r:.60} is not a whole number of at least {least}")
+    return value
 
 
 @runtime_checkable

@@ -10,6 +10,9 @@ from logitcache.labels import errors
 from logitcache.labels.errors import BY_CODE, LogitcacheError
 
 MEDIA_TYPE = "application/problem+json"
+LONGEST_RETRY_S = 86_400.0
+"""A longer ``retry_after_s`` is taken for nonsense."""
+
 _MEMBERS = ("type", "title", "status", "detail", "code", "retry", "request_id", "retry_after_s")
 
 
@@ -46,9 +49,11 @@ def from_problem(problem: Any, status: int) -> LogitcacheError:
         else:
             kind = errors.RequestRefused if 400 <= status < 500 else errors.ServerFault
         details = {"status": status}
-    error = kind(detail, **details)
+    error = kind(detail)
+    error.details = details
     if isinstance(problem.get("request_id"), str):
         error.request_id = problem["request_id"]
-    if isinstance(problem.get("retry_after_s"), int | float):
-        error.retry_after_s = float(problem["retry_after_s"])
+    asked = problem.get("retry_after_s")
+    if isinstance(asked, int | float) and 0 <= asked <= LONGEST_RETRY_S:
+        error.retry_after_s = float(asked)
     return error

@@ -4,11 +4,12 @@ Written for NumPy alone. It knows nothing of where rows come from (`storage`, th
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, UInt, UInt64
 
-from logitcache.labels.errors import ShapeMismatch, UndeclaredTemperature
+from logitcache.labels.errors import InvalidRequest, ShapeMismatch, UndeclaredTemperature
 
 Shape = tuple[int, ...]
 
@@ -114,7 +115,10 @@ def temperature_column(temperatures: tuple[float, ...], temperature: float) -> i
 
     Raises:
         UndeclaredTemperature: none is; the message names those that are.
+        InvalidRequest: it can be no label set's.
     """
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0.01 <= temperature <= 1000:
+        raise InvalidRequest(f"temperature {temperature!r} is not a number between 0.01 and 1000")
     try:
         return temperatures.index(float(temperature))
     except ValueError:

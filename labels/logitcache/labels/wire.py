@@ -165,4 +165,6 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
         raise MalformedMessage(f"the body does not hold soft labels: {error}") from None
     if spec.index_dtype not in ("uint16", "uint32") or spec.dtype not in ("float16", "float32") or found != expected:
         raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")
+    if "present" in arrays and arrays["present"].view(np.uint8).max(initial=0) > 1:
+        raise MalformedMessage("the body does not hold soft labels: present holds bytes that are neither 0 nor 1")
     return SoftLabels(**arrays, temperatures=temperatures, digest=metadata.get("digest") or None)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from logitcache.labels.errors import LogitcacheError, StorageFault
+from logitcache.labels.errors import LogitcacheError, StorageFault, StoreNotFound, Unavailable
 from logitcache.labels.identity import check_name
 from logitcache.labels.label_set import Description, Limits
 from logitcache.server.logs import logger
@@ -20,6 +20,9 @@ from logitcache.storage import LocalLabelSet, label_set_names
 
 LOOK_AGAIN_S = 0.5
 """How long a listing of the store is trusted."""
+
+AWAY_S = 5.0
+"""When to ask again for a store that is not there."""
 
 Manifest = tuple[int, int, int]
 """What tells a label set from another of the same name: device, inode and time of its manifest."""
@@ -31,10 +34,16 @@ class Catalog:
     """Open label sets by name. Safe to use from several threads."""
 
     def __init__(
-        self, store: Path, *, verify: Literal["strict", "background"] = "strict", limits: Limits | None = None
+        self,
+        store: Path,
+        *,
+        verify: Literal["strict", "background"] = "strict",
+        scrub_s: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.store = store.absolute()
         self._verify: Literal["strict", "background"] = verify
+        self._scrub_s = scrub_s
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Manifest | None, LocalLabelSet]] = {}
@@ -46,8 +55,7 @@ class Catalog:
         """Names of the label sets that the store holds now, sorted.
 
         Raises:
-            StoreNotFound: the store is not there.
-            StorageFault: it cannot be listed.
+            Unavailable: the store is not there, or cannot be listed.
         """
         with self._lock:
             return list(self._look())
@@ -58,7 +66,8 @@ class Catalog:
         Raises:
             InvalidName: no label set can have this name.
             LabelSetNotFound: the store holds none of this name; ``details["available"]`` lists those it holds.
-            StoreNotFound, StorageFault: the store or the label set cannot be read.
+            Unavailable: the store is not there, or cannot be listed.
+            StorageFault: the label set cannot be read.
         """
         check_name(name)
         with self._lock:
@@ -89,8 +98,11 @@ class Catalog:
             return self._names
         try:
             self._names = label_set_names(self.store)
-        except OSError as error:
-            raise StorageFault(f"the store {self.store} cannot be listed: {error.strerror}") from error
+        except (StoreNotFound, StorageFault) as error:
+            # It was there when the server started: a mount that comes back, most likely.
+            away = Unavailable(f"the store cannot be read now: {error.message}", cause=error.code)
+            away.retry_after_s = AWAY_S
+            raise away from error
         self._looked_at = time.monotonic()
         for name, (manifest, _) in list(self._open.items()):
             if name not in self._names or self._manifest(name) != manifest:
@@ -100,7 +112,9 @@ class Catalog:
 
     def _open_one(self, name: str) -> LocalLabelSet:
         try:
-            label_set = LocalLabelSet(self.store / name, verify=self._verify, limits=self._limits)
+            label_set = LocalLabelSet(
+                self.store / name, verify=self._verify, scrub_s=self._scrub_s, limits=self._limits
+            )
         except LogitcacheError as error:
             self._complain(name, error)
             raise

@@ -117,6 +117,13 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
     help="strict: no row before its shard is hashed once.",
 )
 @click.option(
+    "--scrub-hours",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    help="Hash everything again after so many hours; 0 never does.",
+)
+@click.option(
     "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
 )
 def serve(store: Path, **options: Any) -> None:
@@ -228,7 +235,8 @@ def verify(name: str, store: Path) -> None:
         description = label_set.describe()
     damaged = [report for report in reports if not report.ok]
     for report in damaged:
-        click.echo(f"shard {report.shard}: {report.problem}")
+        prefix = f"shard {report.shard}: "
+        click.echo(prefix + (report.problem or "").removeprefix(prefix))
     if damaged:
         raise ShardDamaged(
             f"{len(damaged):,} of {description.shards.total:,} shards of {name!r} are damaged and are not served; "

@@ -4,6 +4,7 @@ Two media types each way: safetensors for programs, JSON for people. Parsing is 
 anything is allocated. Knows nothing of label sets.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 
 from logitcache.labels import wire
-from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows
+from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import OnMissing
 from logitcache.server.problems import invalid_request
@@ -22,8 +23,11 @@ JSON = "application/json"
 SAFETENSORS = wire.MEDIA_TYPE
 OFFERED = (SAFETENSORS, JSON)
 
-MAX_REQUEST_BYTES = 16 << 20
-"""A longer request body is not read: as many ids as a label set's default limits allow take half a MiB."""
+MAX_REQUEST_BYTES = {SAFETENSORS: 16 << 20, JSON: 2 << 20}
+"""A longer request body is not read: as many ids as a label set's default limits allow take half a MiB, and JSON is
+parsed at some 4 MB/s in the worst case, during which nothing else runs."""
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _ON_MISSING: dict[str, OnMissing] = {"error": "error", "mask": "mask"}
 
@@ -102,28 +106,29 @@ def _media_range(text: str) -> tuple[str, float]:
         return name, 0.0
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body of a request, refused as soon as it is known to be longer than `MAX_REQUEST_BYTES`.
+async def read_body(request: Request, kind: str) -> bytes:
+    """The whole body of a request, refused as soon as it is known to be longer than its media type may be.
 
     Raises:
         TooManyRows: it is longer; the rest is not read, and the connection closes after the answer.
     """
+    most = MAX_REQUEST_BYTES[kind]
     declared = request.headers.get("content-length", "0")
     size = int(declared) if declared.isdecimal() else 0
     parts: list[bytes] = []
-    if size <= MAX_REQUEST_BYTES:
+    if size <= most:
         size = 0
         async for part in request.stream():
             size += len(part)
-            if size > MAX_REQUEST_BYTES:
+            if size > most:
                 break
             parts.append(part)
-    if size > MAX_REQUEST_BYTES:
+    if size > most:
         Record.of(request.scope).body_refused = True
         raise TooManyRows(
-            f"the request's body is longer than the {MAX_REQUEST_BYTES >> 20} MiB that are read: split the ids over "
+            f"the request's body is longer than the {most >> 20} MiB that are read as {kind}: split the ids over "
             "several requests",
-            limit_bytes=MAX_REQUEST_BYTES,
+            limit_bytes=most,
         )
     return b"".join(parts)
 
@@ -146,19 +151,25 @@ def _parse_json(body: bytes) -> FetchRequest:
         if found[0]["type"] == "json_invalid":
             raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
         raise invalid_request(found) from None
-    return FetchRequest(as_ids(parsed.ids), parsed.view, parsed.digest, parsed.on_missing)
+    return FetchRequest(as_ids(parsed.ids), parsed.view, _digest(parsed.digest), parsed.on_missing)
 
 
 def _parse_safetensors(body: bytes) -> FetchRequest:
     arrays, options = wire.parse(body)
     if set(arrays) != {"ids"} or arrays["ids"].dtype != np.int64:
-        found = ", ".join(f"{name} ({array.dtype})" for name, array in arrays.items()) or "nothing"
+        found = shown(f"{name[:40]} ({array.dtype})" for name, array in arrays.items()) or "nothing"
         raise InvalidIds(f"a fetch request holds one array, ids (int64); this one holds {found}")
     if unknown := sorted(set(options) - {"view", "digest", "on_missing"}):
-        raise InvalidRequest(f"a fetch request has no option {unknown[0]!r}; it has view, digest and on_missing")
+        raise InvalidRequest(f"a fetch request has no option {unknown[0][:40]!r}; it has view, digest and on_missing")
     view = options.get("view", "0")
     if not (view.removeprefix("-").isascii() and view.removeprefix("-").isdecimal() and len(view) < 20):
         raise InvalidRequest(f"view: {view[:40]!r} is not a whole number")
     if (on_missing := _ON_MISSING.get(options.get("on_missing", "error"))) is None:
         raise InvalidRequest(f"on_missing: {options['on_missing'][:40]!r} is neither 'error' nor 'mask'")
-    return FetchRequest(as_ids(arrays["ids"]), int(view), options.get("digest") or None, on_missing)
+    return FetchRequest(as_ids(arrays["ids"]), int(view), _digest(options.get("digest")), on_missing)
+
+
+def _digest(text: str | None) -> str | None:
+    if text and not _DIGEST.fullmatch(text):
+        raise InvalidRequest(f"digest: {text[:80]!r} is not sha256: and 64 hexadecimal digits")
+    return text or None

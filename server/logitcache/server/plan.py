@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import temperature_name
 from logitcache.server.preparation import Request, prepare
-from logitcache.server.wording import counted, duration, free_bytes, retained_lines, size
+from logitcache.server.space import free_bytes, needed_bytes
+from logitcache.server.wording import counted, duration, retained_lines, size
 from logitcache.storage.statistics import retained_mass, summed
 
 
@@ -67,7 +68,7 @@ def plan(request: Request) -> Plan:
         missing=len(missing),
         rows_per_shard=layout.rows_per_shard,
         missing_rows=sum(len(layout.span(shard)) for shard in missing),
-        needed_bytes=len(missing) * layout.shard_bytes,
+        needed_bytes=needed_bytes(layout, missing),
         free_bytes=free_bytes(request.store),
         device=str(prepared.teacher.device),
         batch_size=prepared.batch_size,

@@ -8,25 +8,22 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from logitcache.labels.errors import DatasetChanged, DiskFull, shown
+from logitcache.labels.errors import DatasetChanged, shown
 from logitcache.server.datasets import Batch, worker_death
 from logitcache.server.preparation import Prepared, Request, prepare, soft_labels
 from logitcache.server.progress import Reporter, Silent
+from logitcache.server.space import check_space
 from logitcache.server.top_k import Rows
-from logitcache.server.wording import counted, free_bytes, retained_lines, size
+from logitcache.server.wording import counted, retained_lines, size
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Layout, Places
+from logitcache.storage.layout import Places
 from logitcache.storage.statistics import read_retained, retained_mass, summed
 from logitcache.storage.writer import LabelSetWriter
-
-SPARE_BYTES = 1 << 20
-"""Kept free beyond the chunk files: commits, statistics, a generation."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,8 @@ def precompute(request: Request, reporter: Reporter | None = None, *, files: Fil
     reporter = reporter or Silent()
     prepared = prepare(request)
     layout, path = prepared.layout, request.path
+    # Before anything is made: a refused run leaves nothing behind.
+    check_space(path, layout, prepared.missing())
     with LabelSetWriter(
         path, layout.identity, layout.examples, rows_per_shard=layout.rows_per_shard, files=files
     ) as writer:
@@ -82,8 +81,9 @@ def precompute(request: Request, reporter: Reporter | None = None, *, files: Fil
             reporter.note(f"damaged: {problem}; moved to {path / 'quarantine'}, it will be labelled again")
         sealed, missing = writer.generation, writer.missing
         _check_labelled(prepared, writer, reporter)
-        _check_space(path, layout, missing)
-        _note_settings(prepared, reporter)
+        check_space(path, layout, missing)
+        if missing:
+            _note_settings(prepared, reporter)
         labelled, seconds = _label_missing(prepared, writer, reporter)
         generation = writer.seal()
     return Summary(
@@ -120,17 +120,6 @@ def _check_labelled(prepared: Prepared, writer: LabelSetWriter, reporter: Report
                 ids=changed,
             )
         reporter.advance(len(span))
-
-
-def _check_space(path: Path, layout: Layout, missing: list[int]) -> None:
-    needed, free = len(missing) * layout.shard_bytes + SPARE_BYTES, free_bytes(path)
-    if missing and free < needed:
-        raise DiskFull(
-            f"{path} needs {size(needed)} for {counted(len(missing), 'more shard')}, {size(free)} are free: "
-            "make room, name another --store, or store less (--top-k, --dtype float16)",
-            needed=needed,
-            free=free,
-        )
 
 
 def _note_settings(prepared: Prepared, reporter: Reporter) -> None:

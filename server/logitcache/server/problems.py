@@ -44,7 +44,7 @@ def add_handlers(app: FastAPI) -> None:
 def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that ended in this error; its record is told."""
     record = Record.of(scope)
-    record.code, record.detail = error.code, error.message
+    record.code, record.detail = error.code, error.message[:1000]
     content = problem.to_problem(error, record.request_id)
     headers = dict(headers or {})
     if error.retry_after_s is not None:
@@ -75,7 +75,7 @@ def unforeseen(request_id: str) -> ServerFault:
 
 
 def _refused(request: Request, error: HTTPException) -> LogitcacheError:
-    method, path = request.method, request.url.path
+    method, path = request.method, request.url.path[:200]
     if error.status_code == 404:
         message = f"there is nothing at {path}; the routes are listed at /docs"
     elif error.status_code == 405:

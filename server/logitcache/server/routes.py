@@ -18,6 +18,7 @@ from logitcache.server.messages import JSON, SAFETENSORS, answer_type, media_typ
 from logitcache.server.metrics import Metrics
 from logitcache.server.record import Record
 from logitcache.server.rows_json import check_json_rows, example_to_json, parse_id, rows_to_json
+from logitcache.server.wording import counted
 
 DIGEST_HEADER = "Logitcache-Digest"
 
@@ -57,7 +58,7 @@ async def fetch_rows(name: str, catalog: InCatalog, request: Request) -> Respons
     """Soft labels of a batch of examples, in the order asked for."""
     kind = media_type(request.headers.get("content-type"))
     answer = answer_type(request.headers.get("accept"), default=kind)
-    body = await read_body(request)
+    body = await read_body(request, kind)
     return await run_in_threadpool(_fetch, catalog, name, body, kind, answer, Record.of(request.scope))
 
 
@@ -105,7 +106,7 @@ def readyz(catalog: InCatalog) -> str:
         names = catalog.names()
     except LogitcacheError as error:
         raise _not_ready(error) from None
-    return f"ready: {len(names):,} label sets\n"
+    return f"ready: {counted(len(names), 'label set')}\n"
 
 
 def _not_ready(error: LogitcacheError) -> Unavailable:

@@ -6,19 +6,24 @@ and port 0 is known before anyone is told.
 
 import errno
 import ipaddress
+import json
 import signal
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from logitcache.labels.errors import InvalidRequest, ServerFault
+from logitcache.labels import problem
+from logitcache.labels.errors import InvalidRequest, RequestRefused, ServerFault
 from logitcache.server import logs
 from logitcache.server.app import create_app
 from logitcache.server.catalog import Catalog
@@ -27,8 +32,8 @@ from logitcache.storage import label_set_names
 KEEP_ALIVE_S = 120
 """How long an idle connection is kept: longer than a training step, so that a loop connects once."""
 
-DRAIN_S = 20
-"""How long requests under way may take to finish after SIGTERM."""
+DRAIN_S = 8
+"""How long requests under way may take to finish after SIGTERM: less than the 10 s after which Docker kills."""
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
@@ -42,6 +47,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     verify: Literal["strict", "background"] = "strict",
+    scrub_hours: float = 24.0,
     auth: Literal["none"] | None = None,
 ) -> None:
     """Serve the label sets of a store until SIGTERM or Ctrl-C; requests under way are finished first.
@@ -52,12 +58,11 @@ def serve(
         KeyboardInterrupt: ended by Ctrl-C.
     """
     names = label_set_names(store)
-    with listening(host, port) as listener:
-        check_exposure(listener.getsockname()[0], auth)
+    with listening(host, port, auth) as listener:
         logs.configure()
         url = url_of(listener)
         server = _Server(
-            create_app(Catalog(store, verify=verify)),
+            create_app(Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)),
             ready=lambda: _log.info(f"listening on {url}", url=url, store=str(store), label_sets=len(names)),
         )
         # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.
@@ -106,6 +111,27 @@ def running(app: ASGIApp) -> Iterator[str]:
             thread.join()
 
 
+class ProblemProtocol(H11Protocol):
+    """uvicorn's HTTP, but for what it refuses before there is a request: that is a problem like all others."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP."""
+        request_id = uuid.uuid4().hex
+        refused = RequestRefused("these bytes are not an HTTP/1.1 request that can be answered; mend the client")
+        body = json.dumps(problem.to_problem(refused, request_id)).encode()
+        headers = [
+            (b"content-type", problem.MEDIA_TYPE.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        _log.info("request refused", request_id=request_id, status=400, code=refused.code, why=msg[:200])
+        events = (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn as configured here; it says when it is ready."""
 
@@ -114,6 +140,7 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 lifespan="on",
+                http=ProblemProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -133,8 +160,8 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens on this address; port 0 takes a free one.
+def listening(host: str, port: int, auth: Literal["none"] | None = None) -> Iterator[socket.socket]:
+    """A socket that listens on this address; port 0 takes a free one. An address open to others needs ``auth="none"``.
 
     Raises:
         InvalidRequest: the port is in use or not permitted, or the host is not one of this machine's.
@@ -143,10 +170,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise InvalidRequest(f"port {port} does not exist: ports are 0 to 65535, and 0 takes a free one", port=port)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        check_exposure(str(address[0]), auth)
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # asyncio does this for sockets that it binds itself. Without it Nagle's algorithm and delayed acknowledgements
         # hold the last piece of every second answer back for 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except UnicodeError:
+        raise InvalidRequest(f"{host[:80]!r} is no name of a host", port=port) from None
     except OSError as error:
         raise InvalidRequest(_why_not(host, port, error), host=host, port=port) from None
     with listener:

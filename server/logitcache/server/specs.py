@@ -46,6 +46,8 @@ def _resolve(spec: str, role: str) -> Callable[[], Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names[:8]) or 'no public names'}"
             raise SpecNotFound(f"--{role} {spec!r}: {module_name} has no {part!r}; {hint}")
         found = getattr(found, part)
+    if hasattr(found, "state_dict") and not isinstance(found, type):
+        raise SpecNotFound(f"--{role} {spec!r} is the {role} itself: name a function without arguments that returns it")
     if not callable(found):
         raise SpecNotFound(f"--{role} {spec!r} is a {type(found).__name__}, not a callable that returns the {role}")
     return found  # type: ignore[no-any-return]

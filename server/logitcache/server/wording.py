@@ -1,8 +1,5 @@
 """Sizes, durations and retained mass in words, for what commands print."""
 
-import shutil
-from pathlib import Path
-
 LOW_RETAINED_MASS = 0.5
 """Below this mean, the stored k say little of the teacher at that temperature, and a warning says so."""
 
@@ -41,11 +38,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def free_bytes(path: Path) -> int:
-    """Free space where a path is, or would be made."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free

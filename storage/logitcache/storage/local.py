@@ -17,7 +17,9 @@ from logitcache.labels.errors import (
     InvalidName,
     InvalidRequest,
     LabelSetNotFound,
+    NotALabelSet,
     RowsMissing,
+    StorageFault,
     StoreNotFound,
     TooManyRows,
     UnknownView,
@@ -43,28 +45,37 @@ class LocalLabelSet:
     """A label set in a folder of this machine, read through memory mappings. Implements `labels.label_set.LabelSet`.
 
     Commits and generations that another process makes are noticed within half a second. With ``verify="strict"`` no
-    row of a
-    shard is given out before its files hash to what its commit says; ``"background"`` gives rows out at once and
-    withdraws a damaged shard when it is found. Safe to use from several threads; after a fork, open it anew.
+    row of a shard is given out before its files hash to what its commit says; ``"background"`` gives rows out at once
+    and withdraws a damaged shard when it is found. With ``scrub_s`` everything is hashed again whenever so many seconds
+    have gone by. Safe to use from several threads; after a fork, open it anew.
 
     Raises:
         StoreNotFound, LabelSetNotFound: no such folder, or nothing in it yet.
         NotALabelSet, NewerFormat: the folder holds something that this version cannot read.
     """
 
-    def __init__(self, path: Path | str, *, verify: Verify = "strict", limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        verify: Verify = "strict",
+        scrub_s: float | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         self.path = Path(path).absolute()
         self.name = self.path.name
-        if not self.path.parent.is_dir():
+        if not _is_folder(self.path.parent):
             raise StoreNotFound(f"there is no store {self.path.parent}: no such folder")
         if not self.path.is_dir():
             raise LabelSetNotFound(
                 f"there is no label set {self.name!r} in {self.path.parent}", available=_names(self.path.parent)
             )
+        if not (self.path / "zarr.json").exists() and (inside := _names(self.path)):
+            raise NotALabelSet(f"{self.path} is a store and not a label set: name one in it ({shown(inside)})")
         self.layout = read_layout(self.path)
         self._limits = limits or Limits()
         self._spec = self.layout.row_spec
-        self._shards = Shards(Places(self.path), self.layout, verify)
+        self._shards = Shards(Places(self.path), self.layout, verify, scrub_s)
         self._retained: dict[str, RetainedMass] = {}
 
     def describe(self) -> Description:
@@ -236,16 +247,36 @@ def label_set_names(store: Path) -> list[str]:
     Raises:
         StoreNotFound: there is no such folder.
     """
-    if not store.is_dir():
+    if not _is_folder(store):
         raise StoreNotFound(
             f"there is no store {store}: no such folder; name another with --store or LOGITCACHE_STORE, "
             "or make it with `logitcache precompute`"
         )
+    if (store / "zarr.json").is_file():
+        raise StoreNotFound(f"{store} is a label set and not a store: name the folder above it, {store.parent}")
     return _names(store)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise StorageFault(f"{path} cannot be looked at: {error.strerror}", path=str(path)) from error
+
+
 def _names(store: Path) -> list[str]:
-    return sorted(path.name for path in store.iterdir() if (path / "zarr.json").is_file() and _legal(path.name))
+    try:
+        return sorted(path.name for path in store.iterdir() if _legal(path.name) and _holds_a_group(path))
+    except OSError as error:
+        raise StorageFault(f"the store {store} cannot be listed: {error.strerror}") from error
+
+
+def _holds_a_group(path: Path) -> bool:
+    try:
+        return (path / "zarr.json").is_file()
+    except OSError:
+        # Not ours to enter: the lost+found of a file system, say.
+        return False
 
 
 def _legal(name: str) -> bool:

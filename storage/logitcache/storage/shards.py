@@ -31,6 +31,9 @@ REFRESH_S = 0.5
 _SETTLED_NS = 2_000_000_000
 """A folder changed more recently than this may change again within one tick of its clock: look inside even so."""
 
+SCRUB_PAUSE_S = 0.05
+"""Seconds between two shards of a scrub, so that it leaves the disk to those who wait for rows."""
+
 log = logging.getLogger("logitcache.storage")
 
 FileKey = tuple[int, int]
@@ -70,7 +73,7 @@ class ShardReport:
 class Shards:
     """The served shards of one label set, with their mappings. Safe to use from several threads."""
 
-    def __init__(self, places: Places, layout: Layout, verify: Verify) -> None:
+    def __init__(self, places: Places, layout: Layout, verify: Verify, scrub_s: float | None = None) -> None:
         self.layout = layout
         self.state = State(None, {}, np.zeros(layout.shards, np.int64))
         self._places, self._verify, self._files = places, verify, Files()
@@ -81,6 +84,7 @@ class Shards:
         self.rows = {name: array.rows for name, array in self._arrays.items()}
         self._lock = threading.Lock()
         self._checking: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._quarantining = threading.Lock()
         self._verified = np.zeros(layout.shards, bool)
         self._mapped: dict[int, tuple[int, ...]] = {}
         self._problems: dict[int, str] = {}
@@ -92,7 +96,11 @@ class Shards:
         self._signature: tuple[int, int, bool] | None = None
         self._closing = threading.Event()
         self._verifier: threading.Thread | None = None
+        self._scrubber: threading.Thread | None = None
         self.refresh()
+        if scrub_s is not None:
+            self._scrubber = threading.Thread(target=self._scrub, args=(scrub_s,), name="logitcache-scrub", daemon=True)
+            self._scrubber.start()
 
     def current(self) -> State:
         """The state, after a look at the folder if the last one is older than `REFRESH_S`."""
@@ -238,7 +246,8 @@ class Shards:
         place = (
             "its files stay where they are, since another process is writing the label set, or the store is read-only"
         )
-        with contextlib.suppress(LabelSetLocked, StorageFault), WriterLock(self._places.lock):
+        # Threads of this process take turns; only another process makes us leave the files where they are.
+        with self._quarantining, contextlib.suppress(LabelSetLocked, StorageFault), WriterLock(self._places.lock):
             if self._key(shard) == key:
                 place = f"moved to {quarantine(self._places, self.layout, shard, problem, self._files)}"
             else:
@@ -266,6 +275,8 @@ class Shards:
         shards = sorted(self.state.commits)
         unread: dict[int, str] = {}
         for done, shard in enumerate(shards, 1):
+            if self._closing.is_set():
+                break
             try:
                 with self._checking[shard]:
                     self._examine(shard, trust_stamps=False, hash_now=True)
@@ -303,6 +314,14 @@ class Shards:
                 log.error("label set %s: shard %d was not verified: %s", self._places.root.name, shard, error)
         self._save_stamps()
 
+    def _scrub(self, every_s: float) -> None:
+        """Hash everything again every so often, with a pause after each shard: disks rot without changing a time."""
+        while not self._closing.wait(every_s):
+            self.verify_all(lambda _done, _total: self._pause())
+
+    def _pause(self) -> None:
+        self._closing.wait(SCRUB_PAUSE_S)
+
     def _save_stamps(self) -> None:
         with self._lock:
             self._stamps.save(self._files)
@@ -310,6 +329,7 @@ class Shards:
     def close(self) -> None:
         """Stop verifying and write the stamps down; mappings go when nothing refers to them."""
         self._closing.set()
-        if self._verifier is not None:
-            self._verifier.join()
+        for thread in (self._verifier, self._scrubber):
+            if thread is not None:
+                thread.join()
         self._save_stamps()

@@ -44,7 +44,7 @@ def refuse_another(
         told = "; ".join(f"{field} was {old!r} and is now {new!r}" for field, (old, new) in fields.items())
         raise IdentityChanged(
             f"label set {name!r} was begun with something else: {told}. Nothing was changed: "
-            "run with the old values, or give the new label set another name",
+            "run with the old values, give the new label set another name, or delete its folder to begin anew",
             fields={field: list(values) for field, values in fields.items()},
         )
     if examples != layout.examples:

@@ -61,7 +61,7 @@ def run(out: Path, seeds: int = 3, quick: bool = False) -> None:
     precompute_s = _label(store, console)
     with serving(store, out / "server.log") as url, closing(connect(f"{url}/{NAME}")) as labels:
         console.print(f"Serving them at {url}, in a process of its own; training {3 * seeds} students …")
-        runs = _train_all(labels, seeds, epochs)
+        runs = _train_all(labels, seeds, epochs, console)
         agreement = compare_every_step(labels, digits.teacher(), digits.train_set(), epochs)
         traffic = str(labels.stats)
     steps_an_epoch = -(-len(digits.train_set()) // digits.BATCH)
@@ -116,11 +116,15 @@ def _label(store: Path, console: Console) -> float:
     return seconds
 
 
-def _train_all(labels: Any, seeds: int, epochs: int) -> list[Run]:
+def _train_all(labels: Any, seeds: int, epochs: int, console: Console) -> list[Run]:
     """Every method from every seed."""
     methods: tuple[Method, ...] = (HardLabels(), LiveTeacher(digits.teacher()), CachedLabels(labels))
     data, held_out = digits.train_set(), digits.test_set()
-    return [run for seed in range(seeds) for run in train(methods, seed, data, held_out, epochs)]
+    runs: list[Run] = []
+    for seed in range(seeds):
+        runs += train(methods, seed, data, held_out, epochs)
+        console.print(f"  seed {seed + 1} of {seeds}: {', '.join(f'{run.method} trained' for run in runs[-3:])}")
+    return runs
 
 
 def _settings(seeds: int, epochs: int, steps_an_epoch: int) -> dict[str, Any]:
