@@ -1,11 +1,11 @@
 """The HTTP reader against the real server: the conformance of all readers, and what lies between the two."""
 
+import functools
 import json
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -221,7 +221,7 @@ def test_bytes_that_are_not_http_are_answered_with_a_problem(url: str) -> None:
     for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"):
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
             connection.sendall(garbage)
-            answer = b"".join(iter(partial(connection.recv, 65_536), b""))
+            answer = b"".join(iter(functools.partial(connection.recv, 65_536), b""))
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400")
         assert b"application/problem+json" in head
