@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
 from tests.conformance import assert_rows_equal
 
-from logitcache.labels.errors import DatasetChanged, LabelSetLocked, RowsMissing, StorageFault
+from logitcache.labels.errors import DatasetChanged, DigestChanged, LabelSetLocked, RowsMissing, StorageFault
 from logitcache.storage import LocalLabelSet, admission, shards
 from logitcache.storage.lock import WriterLock
 
@@ -335,3 +335,20 @@ def test_several_shards_damaged_at_once_are_all_moved_aside(label_set: Path, cap
     assert list((label_set / "commits").iterdir()) == []
     assert len(list((label_set / "quarantine").iterdir())) == 3
     assert "stay where they are" not in caplog.text
+
+
+def test_another_label_set_in_the_same_folder_is_not_served_as_this_one(label_set: Path, tmp_path: Path) -> None:
+    reader = LocalLabelSet(label_set)
+    reader.fetch([SECOND])
+    label_set.rename(tmp_path / "old")
+    # Same shape, same number of shards: only the manifest tells that another teacher made it.
+    build(label_set, reference(3, seed=9))
+    reader._shards.refresh()
+    with pytest.raises(DigestChanged, match="removed or replaced while it was open"):
+        reader.fetch([SECOND])
+    with pytest.raises(DigestChanged, match="open it again"):
+        reader.describe()
+    reader.close()
+    fresh = LocalLabelSet(label_set)
+    assert fresh.describe().identity.teacher.weights == "seed 9"
+    fresh.close()

@@ -49,6 +49,8 @@ class LocalLabelSet:
     and withdraws a damaged shard when it is found. With ``scrub_s`` everything is hashed again whenever so many seconds
     have gone by. Safe to use from several threads; after a fork, open it anew.
 
+    When the folder is removed or replaced by another label set, every call raises DigestChanged.
+
     Raises:
         StoreNotFound, LabelSetNotFound: no such folder, or nothing in it yet.
         NotALabelSet, NewerFormat: the folder holds something that this version cannot read.
@@ -80,7 +82,7 @@ class LocalLabelSet:
 
     def describe(self) -> Description:
         """What the label set is and how far it is, as of now."""
-        state = self._shards.current()
+        state = self._current()
         labelled = sum(len(self.layout.span(shard)) for shard in state.commits)
         return Description(
             name=self.name,
@@ -162,7 +164,7 @@ class LocalLabelSet:
 
     def _served(self, shards: Int64[np.ndarray, " examples"], digest: str | None) -> State:
         """The state after every one of these shards that can be admitted is; checked against the digest asked for."""
-        state = self._shards.current()
+        state = self._current()
         for _ in range(ADMISSIONS):
             waiting = () if state.all_served else np.unique(shards[state.version[shards] == 0]).tolist()
             waiting = [shard for shard in waiting if shard in state.commits]
@@ -178,6 +180,12 @@ class LocalLabelSet:
                 expected=digest,
                 served=served,
             )
+        return state
+
+    def _current(self) -> State:
+        state = self._shards.current()
+        if state.replaced:
+            raise DigestChanged(f"the label set {self.name!r} was removed or replaced while it was open: open it again")
         return state
 
     def _gather(self, rows: Int64[np.ndarray, " rows"], view: int, arrays: dict[str, np.ndarray]) -> None:

@@ -37,7 +37,7 @@ SCRUB_PAUSE_S = 0.05
 log = logging.getLogger("logitcache.storage")
 
 FileKey = tuple[int, int]
-"""Inode and change time of a commit's file: another commit of the same shard has another."""
+"""Inode and time of a file: another commit of the same shard, or another label set of the same name, has another."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class State:
         commits: trusted commits, damaged ones excluded.
         version: 0 where a shard is not mapped, else a number that is new each time it is.
         all_served: every shard of the label set is mapped: there is nothing to look up.
+        replaced: another label set stands in the folder now: nothing of it is served here.
     """
 
     generation: Generation | None
     commits: dict[int, Commit]
     version: np.ndarray
     all_served: bool = False
+    replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Shards:
         self._stamps = Stamps(places.stamps)
         self._serial = 0
         self._looked_at = 0.0
-        self._signature: tuple[int, int, bool] | None = None
+        self._signature: tuple[FileKey, int, int, bool] | None = None
+        self._group = self._group_key()
         self._closing = threading.Event()
         self._verifier: threading.Thread | None = None
         self._scrubber: threading.Thread | None = None
@@ -113,9 +116,13 @@ class Shards:
         with self._lock:
             self._looked_at = time.monotonic()
             signature = self._folder_signature()
-            if signature == self._signature and signature[2]:
+            if signature == self._signature and signature[-1]:
                 return
             self._signature = signature
+            if signature[0] != self._group:
+                # Its commits would read well and belong to another teacher.
+                self.state = State(None, {}, np.zeros_like(self.state.version), replaced=True)
+                return
             generation = newest_generation(self._places.generations, self.layout)
             keys, commits, unreadable = self._read_commits(generation)
             self._set_state(generation, keys, commits)
@@ -125,14 +132,21 @@ class Shards:
         for shard, problem in unreadable.items():
             self._quarantine(shard, keys[shard], problem)
 
-    def _folder_signature(self) -> tuple[int, int, bool]:
+    def _group_key(self) -> FileKey:
+        try:
+            status = self._places.group.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
+
+    def _folder_signature(self) -> tuple[FileKey, int, int, bool]:
         times = []
         for folder in (self._places.commits, self._places.generations):
             try:
                 times.append(folder.stat().st_mtime_ns)
             except FileNotFoundError:
                 times.append(0)
-        return times[0], times[1], time.time_ns() - max(times) > _SETTLED_NS
+        return self._group_key(), times[0], times[1], time.time_ns() - max(times) > _SETTLED_NS
 
     def _read_commits(
         self, generation: Generation | None
