@@ -216,6 +216,45 @@ def test_another_label_set_in_the_same_place_is_noticed(source: Reference, tmp_p
         free.close()
 
 
+def test_a_label_set_made_anew_by_the_same_teacher_is_noticed(source: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    build(store / "set", source)
+    with running(create_app(Catalog(store))) as base:
+        labels = connect(f"{base}/set")
+        labels.fetch([1])
+        (store / "set").rename(tmp_path / "old")
+        # The same identity over re-ordered data: only the content tells.
+        build(store / "set", Reference(source.layout, source.logits[::-1].copy()))
+        with pytest.raises(DigestChanged):
+            fetch_for_five_seconds(labels)
+        retry_for_a_second(lambda: fetch_once(f"{base}/set"), WrongLabels)
+        with pytest.raises(DigestChanged, match=r"made anew: .* its examples may be others"):
+            labels.fetch([1])
+        labels.close()
+
+
+def test_a_repair_that_makes_a_new_generation_is_followed(source: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    build(store / "set", source)
+    with running(create_app(Catalog(store))) as base, connect(f"{base}/set") as labels:
+        first = labels.fetch([1]).digest
+        chunk = store / "set" / "logits" / "c.1.0"
+        chunk.rename(tmp_path / "gone")
+        other = Reference(source.layout, source.logits + 1.0)
+        with writer_of(store / "set", other) as writer:
+            commit_shards(writer, other, writer.missing)
+            second = writer.seal().digest
+        assert second != first
+        end = time.monotonic() + 5
+        while labels.fetch([1]).digest != second:
+            assert time.monotonic() < end
+
+
+def fetch_once(target: str) -> None:
+    with connect(target) as labels:
+        labels.fetch([1])
+
+
 def fetch_for_five_seconds(labels: Labels) -> None:
     end = time.monotonic() + 5
     while time.monotonic() < end:

@@ -186,7 +186,7 @@ class Labels:
             return here.reader
 
     def _check_content(self, reader: LabelSet, soft: SoftLabels) -> None:
-        """Follow a label set that grows or is finished, and refuse another one that was put in its place."""
+        """Follow a label set that is finished or repaired, and refuse another one that was put in its place."""
         here = self._here()
         if here.described is None or soft.digest == here.described.digest:
             return
@@ -197,6 +197,14 @@ class Labels:
                 f"{self!r} was replaced by another label set ({', '.join(changed)} changed): these rows are not of the "
                 "one that you connected to; connect again to take it",
                 expected=here.described.digest,
+                served=soft.digest,
+            )
+        before = here.described
+        if before.generation is not None and (now.generation or 0) <= before.generation:
+            raise DigestChanged(
+                f"{self!r} was made anew: it was at {before.digest} (generation {before.generation}) and is at "
+                f"{now.digest} (generation {now.generation}), so its examples may be others; connect again to take it",
+                expected=before.digest,
                 served=soft.digest,
             )
         here.described = now
