@@ -12,10 +12,11 @@ from typing import TypeVar
 import httpx
 import numpy as np
 import pytest
+import torch
 from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
 from tests.conformance import LabelSetConformance, assert_rows_equal
 
-from logitcache.client import HttpLabelSet, Labels, TeacherMismatch, connect
+from logitcache.client import HttpLabelSet, Labels, TeacherMismatch, connect, distillation_loss
 from logitcache.labels.errors import (
     DigestChanged,
     LabelSetNotFound,
@@ -105,6 +106,20 @@ def test_masked_parts_are_put_together(url: str) -> None:
         soft = labels.fetch(ids, on_missing="mask")
     assert soft.present is not None
     assert soft.present.tolist() == [True] * 1500 + [False] * 1500
+
+
+def test_attach_can_mask_what_is_not_labelled_and_the_loss_then_takes_the_targets_alone(url: str) -> None:
+    ids = torch.tensor([ROWS_PER_SHARD - 1, ROWS_PER_SHARD])
+    student, targets = torch.randn(2, 20), torch.tensor([3, 4])
+    with connect(f"{url}/partial") as labels:
+        with pytest.raises(RowsMissing):
+            list(labels.attach([{"id": ids}], ids="id"))
+        [(_, soft)] = labels.attach([{"id": ids}], ids="id", on_missing="mask")
+    assert soft.present is not None
+    assert soft.present.tolist() == [True, False]
+    losses = distillation_loss(student, soft, targets=targets, temperature=2.0, reduction="none")
+    assert torch.isfinite(losses).all()
+    assert torch.allclose(losses[1], torch.nn.functional.cross_entropy(student[1:], targets[1:]))
 
 
 def test_a_misspelt_label_set_is_answered_with_those_that_are_near(url: str) -> None:

@@ -5,7 +5,7 @@ device.
 """
 
 import math
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from logitcache.labels.errors import InvalidRequest, ShapeMismatch
 from logitcache.labels.soft_labels import SoftLabels, temperature_column
 
 Soft: TypeAlias = SoftLabels | SoftLabelTensors
-Tail: TypeAlias = Literal["bucket", "renormalise"]
-Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
 def distillation_loss(

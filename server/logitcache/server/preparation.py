@@ -1,6 +1,7 @@
 """Everything that is settled before the first row is labelled: teacher, dataset, identity, what exists already.
 
-`precompute` and `plan` both begin here, so that a plan refuses whatever the run would.
+`precompute` and `plan` both begin here, so that a plan refuses what the run would refuse before it writes; room on the
+disk, the writer's lock and changes of what is labelled already are the run's own to find.
 """
 
 import time
