@@ -1,11 +1,13 @@
-"""Progress: a bar for a person, lines for a log, with rows a second and the time left in both."""
+"""Progress: a bar for a person, lines for a log, a file for a program, with rows a second and the time left in all."""
 
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from logitcache.server.progress import Bar, Lines, reporter
+from logitcache.server.progress import Bar, Lines, ProgressFile, reporter
 
 
 class Clock:
@@ -61,3 +63,28 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left_and_notes_above_it() -> N
     assert "rows/s" in text
     assert re.search(r"\d:\d\d:\d\d", text)
     assert "damaged: [shard 3]" in text
+
+
+def test_a_program_gets_a_whole_file_twice_a_second_and_at_the_end(clock: Clock, tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    told = {"activity": "labelling x", "rows_total": 1000}
+    with reporter(io.StringIO(), file) as lines:
+        assert isinstance(lines, ProgressFile)
+        lines.begin("labelling x", 1000)
+        assert json.loads(file.read_text()) == told | {"rows_done": 0, "rows_per_s": 0.0, "seconds_left": None}
+        seen = []
+        for _ in range(10):
+            clock.now += 0.2
+            lines.advance(100)
+            seen.append(json.loads(file.read_text())["rows_done"])
+        assert seen == [0, 0, 300, 300, 300, 600, 600, 600, 900, 1000]
+    assert json.loads(file.read_text()) == told | {"rows_done": 1000, "rows_per_s": 500.0, "seconds_left": 0.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+
+
+def test_a_folder_that_cannot_take_the_file_does_not_stop_the_work(tmp_path: Path) -> None:
+    log = io.StringIO()
+    with reporter(log, tmp_path / "gone" / "progress.json") as lines:
+        lines.begin("labelling x", 10)
+        lines.advance(10)
+    assert "10/10 rows" in log.getvalue()

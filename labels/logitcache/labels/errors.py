@@ -5,6 +5,8 @@
     │   ├── LabelSetNotFound         no label set of that name in the store or on the server
     │   ├── StoreNotFound            the folder that should hold label sets does not exist
     │   ├── SpecNotFound             no such module, callable or file behind a teacher or dataset SPEC
+    │   ├── NotRegistered            the server's configuration has no teacher or dataset of that name
+    │   ├── JobNotFound              the server has no job of that id
     │   └── RowsMissing              some ids are unknown, or not labelled yet
     ├── InvalidRequest           an argument cannot be right: fix the call
     │   ├── InvalidName              not a legal label set name
@@ -24,7 +26,8 @@
     │   ├── ServerUnreachable        no connection, or it broke
     │   ├── ServerBusy               overloaded or shutting down
     │   ├── DeadlineExceeded         the total time you allowed is over
-    │   └── LabelSetLocked           another process is writing this label set
+    │   ├── LabelSetLocked           another process is writing this label set
+    │   └── JobKilled                a job's process ended before it was done and without a word
     ├── StorageFault             the disk or the bytes on it: look at the machine
     │   ├── NotALabelSet             a folder that logitcache did not write
     │   ├── NewerFormat              written by a newer logitcache: upgrade
@@ -104,6 +107,18 @@ class SpecNotFound(NotFound):
     """A teacher or dataset SPEC names nothing that can be imported."""
 
     code = "spec-not-found"
+
+
+class NotRegistered(NotFound):
+    """The server's configuration registers no teacher or dataset of this name; ``details["available"]`` lists those."""
+
+    code = "not-registered"
+
+
+class JobNotFound(NotFound):
+    """No job of this id was ever asked for on this store."""
+
+    code = "job-not-found"
 
 
 class RowsMissing(NotFound):
@@ -247,6 +262,12 @@ class LabelSetLocked(Unavailable):
     """Another process is writing this label set."""
 
     code, status = "label-set-locked", 409
+
+
+class JobKilled(Unavailable):
+    """A job's process was killed, out of memory most often; ask again, and it goes on from what is committed."""
+
+    code = "job-killed"
 
 
 class StorageFault(LogitcacheError):

@@ -1,7 +1,7 @@
 """The HTTP application: routes, problems and the middleware, put together over one catalog.
 
-It holds no state besides the catalog and its counters, so any number of apps can live in a process. How it is run is
-`serve`'s to say.
+It holds no state besides the catalog, the jobs and its counters, so any number of apps can live in a process. How it is
+run is `serve`'s to say.
 """
 
 from collections.abc import AsyncIterator
@@ -12,33 +12,42 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from logitcache.server.catalog import Catalog
+from logitcache.server.job_routes import jobs as job_routes
+from logitcache.server.jobs.queue import Jobs
 from logitcache.server.metrics import Metrics
 from logitcache.server.middleware import Observed
 from logitcache.server.problems import add_handlers
 from logitcache.server.routes import label_sets, operations
 
 
-def create_app(catalog: Catalog) -> FastAPI:
-    """An ASGI application that serves this catalog, and closes it when it shuts down."""
+def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:
+    """An ASGI application that serves this catalog and runs these jobs, and closes both when it shuts down."""
     app = FastAPI(
         title="logitcache",
         version=version("logitcache"),
         summary="A teacher's soft labels, precomputed once and served to every training loop.",
-        lifespan=_closing_the_catalog,
+        lifespan=_lifespan,
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.catalog = catalog
-    app.state.metrics = Metrics(catalog)
+    app.state.jobs = jobs
+    app.state.metrics = Metrics(catalog, jobs)
     app.add_middleware(Observed, metrics=app.state.metrics)
     add_handlers(app)
     app.include_router(label_sets)
+    app.include_router(job_routes)
     app.include_router(operations)
     return app
 
 
 @asynccontextmanager
-async def _closing_the_catalog(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    jobs: Jobs | None = app.state.jobs
+    if jobs is not None:
+        await run_in_threadpool(jobs.start)
     yield
+    if jobs is not None:
+        await run_in_threadpool(jobs.close)
     await run_in_threadpool(app.state.catalog.close)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from logitcache.labels.errors import LogitcacheError, ShardDamaged
 from logitcache.labels.identity import check_name
+from logitcache.server.jobs.recording import recorded
 from logitcache.server.listing import page, table
 from logitcache.server.names import not_found
 from logitcache.server.rows_json import parse_id, rows_to_json
@@ -85,24 +87,26 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
     Example:
       logitcache precompute digits --teacher my.models:teacher --dataset my.data:train --top-k 10 --temperature 2
     """
-    with extra("teacher", "precompute"):
-        from logitcache.server.plan import plan
-        from logitcache.server.precompute import precompute as run
-        from logitcache.server.preparation import Request
-        from logitcache.server.progress import reporter
-    request = Request(temperatures=temperatures, **arguments)
-    try:
-        with sigterm_as_interrupt():
-            if only_plan:
-                click.echo(str(plan(request)))
-                return
-            with reporter() as watcher:
-                summary = run(request, watcher)
-            click.echo(str(summary))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; what is committed is kept, and the same line again goes on from there"
-        ) from None
+    with recorded() as job:
+        with extra("teacher", "precompute"):
+            from logitcache.server.plan import plan
+            from logitcache.server.precompute import precompute as run
+            from logitcache.server.preparation import Request
+            from logitcache.server.progress import reporter
+        request = Request(temperatures=temperatures, **arguments)
+        try:
+            with sigterm_as_interrupt():
+                if only_plan:
+                    click.echo(str(plan(request)))
+                    return
+                with reporter(file=job.progress) as watcher:
+                    summary = run(request, watcher)
+                job.succeeded(summary.digest)
+                click.echo(str(summary))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; what is committed is kept, and the same line again goes on from there"
+            ) from None
 
 
 @cli.command()
@@ -126,7 +130,14 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
 @click.option(
     "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
 )
-def serve(store: Path, **options: Any) -> None:
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML: these options, which win over it, and the teachers and datasets that jobs may name.",
+)
+@click.pass_context
+def serve(ctx: click.Context, /, store: Path, config_file: Path | None, **options: Any) -> None:
     """Serve the store's label sets over HTTP.
 
     Until SIGTERM or Ctrl-C; requests under way are finished first. New label sets are served without a restart.
@@ -138,6 +149,12 @@ def serve(store: Path, **options: Any) -> None:
     """
     with extra("server", "serve"):
         from logitcache.server import serve as server
+        from logitcache.server.config import Config
+    if config_file is not None:
+        config = Config.read(config_file)
+        given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        options |= {name: value for name, value in config.server if name not in given} | {"config": config}
+        store = store if "store" in given else config.store_folder or store
     server.serve(store, **options)
 
 

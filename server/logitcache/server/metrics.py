@@ -1,4 +1,4 @@
-"""Metrics in Prometheus' format: what the app answered, and how the label sets stand at the moment of the scrape.
+"""Metrics in Prometheus' format: what the app answered, and how label sets and jobs stand at the moment of the scrape.
 
 Label values are bounded whatever clients send: routes are templates, methods a fixed few, label sets those that exist.
 """
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from logitcache.labels.errors import LogitcacheError
 from logitcache.server.catalog import Catalog
+from logitcache.server.jobs.queue import Jobs
 from logitcache.server.record import Record
 
 METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"})
@@ -21,7 +22,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Metrics:
     """Counters of one app, in a registry of its own, so that two apps in a process do not mix."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, jobs: Jobs | None = None) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "logitcache_requests", "Requests answered", ("method", "route", "status"), registry=self.registry
@@ -35,6 +36,8 @@ class Metrics:
         )
         self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=self.registry)
         self.registry.register(LabelSetGauges(catalog))
+        if jobs is not None:
+            self.registry.register(JobGauges(jobs))
 
     def observe(self, record: Record) -> None:
         """Count one request that was answered."""
@@ -70,3 +73,17 @@ class LabelSetGauges(Collector):
             return
         yield examples
         yield shards
+
+
+class JobGauges(Collector):
+    """How many jobs are in each state when Prometheus asks."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One number a state, zeros too."""
+        jobs = GaugeMetricFamily("logitcache_jobs", "Jobs by state", labels=("state",))
+        for state, count in self._jobs.counts().items():
+            jobs.add_metric((state,), count)
+        yield jobs

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from logitcache.labels.problem import MEDIA_TYPE as PROBLEM
+from logitcache.server.jobs.job import Asked, JobState
 from logitcache.server.messages import JSON, SAFETENSORS, FetchBody
 
 Responses = dict[int | str, dict[str, Any]]
@@ -79,3 +80,12 @@ FETCH_ANSWER: Responses = {
 }
 
 EXAMPLE_ANSWER: Responses = {200: {"model": Example}}
+
+JOB_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {JSON: {"schema": Asked.model_json_schema()}}}}
+
+_LOCATION = {"Location": {"description": "Where to ask how it stands.", "schema": {"type": "string"}}}
+
+JOB_ANSWER: Responses = {
+    200: {"description": "The same was asked for before: this is that job.", "model": JobState, "headers": _LOCATION},
+    202: {"description": "Queued.", "model": JobState, "headers": _LOCATION},
+}

@@ -1,7 +1,11 @@
-"""Progress of long work on stderr: a bar when a person watches, plain lines when a log does."""
+"""Progress of long work on stderr: a bar when a person watches, plain lines when a log does, a file beside them for a
+program."""
 
+import contextlib
+import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
@@ -20,6 +24,9 @@ from rich.text import Text
 
 LINE_EVERY_S = 10.0
 """Seconds between two plain lines."""
+
+FILE_EVERY_S = 0.5
+"""Seconds between two replacements of a progress file."""
 
 
 class Reporter(Protocol):
@@ -130,7 +137,45 @@ class Lines:
         return
 
 
-def reporter(stream: TextIO | None = None) -> Bar | Lines:
-    """The reporter for a stream (default: stderr), used as a context manager."""
+class ProgressFile(Lines):
+    """The lines, and a JSON file that always says how far it is: replaced whole, so a reader sees no half of it."""
+
+    def __init__(self, stream: TextIO, path: Path) -> None:
+        super().__init__(stream)
+        self._path, self._next_file = path, 0.0
+
+    def begin(self, activity: str, rows: int) -> None:
+        """Print the activity, and write it down."""
+        super().begin(activity, rows)
+        self._write()
+
+    def advance(self, rows: int) -> None:
+        """Print a line and write the file, each if it is time."""
+        super().advance(rows)
+        if time.monotonic() >= self._next_file or self._done >= self._total:
+            self._write()
+
+    def _write(self) -> None:
+        now = time.monotonic()
+        self._next_file = now + FILE_EVERY_S
+        rate = self._done / max(now - self._began, 1e-9)
+        value = {
+            "activity": self._activity,
+            "rows_done": self._done,
+            "rows_total": self._total,
+            "rows_per_s": round(rate, 1),
+            "seconds_left": round((self._total - self._done) / rate, 1) if rate else None,
+        }
+        staged = self._path.with_name(f"{self._path.name}.new")
+        # Labelling goes on where the disk has no room to say so.
+        with contextlib.suppress(OSError):
+            staged.write_text(json.dumps(value))
+            staged.replace(self._path)
+
+
+def reporter(stream: TextIO | None = None, file: Path | None = None) -> Bar | Lines:
+    """The reporter for a stream (default: stderr), used as a context manager; ``file`` gets it as JSON too."""
     stream = stream or sys.stderr
+    if file is not None:
+        return ProgressFile(stream, file)
     return Bar(stream) if stream.isatty() else Lines(stream)

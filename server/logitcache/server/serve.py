@@ -27,7 +27,10 @@ from logitcache.labels.errors import InvalidRequest, RequestRefused, ServerFault
 from logitcache.server import logs
 from logitcache.server.app import create_app
 from logitcache.server.catalog import Catalog
+from logitcache.server.config import Config
+from logitcache.server.jobs.queue import Jobs
 from logitcache.storage import label_set_names
+from logitcache.storage.files import Files
 
 KEEP_ALIVE_S = 120
 """How long an idle connection is kept: longer than a training step, so that a loop connects once."""
@@ -49,20 +52,28 @@ def serve(
     verify: Literal["strict", "background"] = "strict",
     scrub_hours: float = 24.0,
     auth: Literal["none"] | None = None,
+    config: Config | None = None,
 ) -> None:
     """Serve the label sets of a store until SIGTERM or Ctrl-C; requests under way are finished first.
+
+    With a configuration that registers teachers and datasets it runs jobs too, and makes the store's folder if there is
+    none. The options are those given here, whatever the configuration says of them. Jobs go on when it ends.
 
     Raises:
         StoreNotFound: the folder does not exist.
         InvalidRequest: the address cannot be listened on, or is open to others and ``auth`` does not say "none".
         KeyboardInterrupt: ended by Ctrl-C.
     """
+    runs_jobs = config is not None and bool(config.teachers and config.datasets)
+    if runs_jobs and store.parent.is_dir():
+        Files().make_folder(store)
     names = label_set_names(store)
     with listening(host, port, auth) as listener:
         logs.configure()
         url = url_of(listener)
+        catalog = Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)
         server = _Server(
-            create_app(Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)),
+            create_app(catalog, Jobs(store, config) if config is not None and runs_jobs else None),
             ready=lambda: _log.info(f"listening on {url}", url=url, store=str(store), label_sets=len(names)),
         )
         # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.

@@ -1,0 +1,115 @@
+"""A job's folder, ``STORE/.jobs/ID``: what is written there, and what is read back.
+
+| file | writer | |
+| --- | --- | --- |
+| ``job.json`` | the server | the job; replaced durably at every step |
+| ``log.txt`` | the process | what it printed, one attempt after another |
+| ``progress.json`` | the process | how far it is, replaced twice a second at most |
+| ``outcome.json`` | the process | how it ended; replaced durably |
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from logitcache.server.jobs.job import Job, Outcome, Progress
+from logitcache.server.jobs.recording import OUTCOME, PROGRESS, write_json
+from logitcache.server.logs import logger
+from logitcache.storage.files import Files
+
+FOLDER = ".jobs"
+"""In the store; no label set can have this name."""
+
+TAIL_LINES, TAIL_BYTES = 50, 16 << 10
+"""How much of a log is told."""
+
+JOB_ID = re.compile(r"[0-9a-f]{16}")
+
+_log = logger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class JobFolder:
+    """One job's files."""
+
+    def __init__(self, jobs: Path, id: str) -> None:
+        self.path = jobs / id
+
+    @property
+    def log(self) -> Path:
+        """What its process printed."""
+        return self.path / "log.txt"
+
+    def write(self, job: Job) -> None:
+        """Write the job down; it is durable when this returns.
+
+        Raises:
+            StorageFault: as `Files` does.
+        """
+        if not self.path.is_dir():
+            Files().make_folder(self.path)
+            Files().fsync(self.path.parent)
+        write_json(self.path / "job.json", job.model_dump(mode="json"))
+
+    def clear(self, attempt: int) -> None:
+        """Forget how an earlier attempt went, but for its log: in it the next one begins under a heading.
+
+        Raises:
+            OSError, StorageFault: the log cannot be written, or a file not be removed.
+        """
+        for name in (OUTCOME, PROGRESS):
+            Files().remove(self.path / name)
+        if attempt > 1:
+            with self.log.open("a") as log:
+                log.write(f"--- attempt {attempt}\n")
+
+    def read(self) -> Job | None:
+        """The job; None where a crash left a folder without one, or a file that no server of this version wrote."""
+        return _read(self.path / "job.json", Job)
+
+    def progress(self) -> Progress | None:
+        """How far its process is, or was at its end."""
+        return _read(self.path / PROGRESS, Progress)
+
+    def outcome(self) -> Outcome | None:
+        """How its process ended; None if it could not say."""
+        return _read(self.path / OUTCOME, Outcome)
+
+    def log_tail(self) -> list[str]:
+        """The last lines of its log: `TAIL_LINES` and `TAIL_BYTES` at most."""
+        try:
+            with self.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                start = file.seek(max(0, size - TAIL_BYTES))
+                lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return []
+        # The first may have been cut in two; a single one is all there is.
+        return (lines[1:] if start and len(lines) > 1 else lines)[-TAIL_LINES:]
+
+
+def read_jobs(jobs: Path) -> Iterator[Job]:
+    """Every job of a store, in no order."""
+    try:
+        names = [name for name in os.listdir(jobs) if JOB_ID.fullmatch(name)]  # noqa: PTH208
+    except OSError:
+        return
+    for name in names:
+        job = JobFolder(jobs, name).read()
+        if job is not None and job.id == name:
+            yield job
+
+
+def _read(path: Path, kind: type[Model]) -> Model | None:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        _log.warning("job file cannot be read", path=str(path), why=str(error)[:500])
+        return None

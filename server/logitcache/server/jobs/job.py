@@ -1,0 +1,192 @@
+"""What a job is: the request that it was made of, and how far it has come.
+
+Values only; `folder` writes them down, `process` runs them, `queue` moves them on.
+"""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitcache.labels.errors import RequestRefused
+from logitcache.labels.identity import Dtype, canonical_json, check_name, declared, sha256_hex
+from logitcache.server.problems import invalid_request
+from logitcache.storage.terms import check_rows_per_shard
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
+
+MOST_CLASSES = 2**31 - 1
+
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class JobRequest(BaseModel):
+    """What to label, by the names that the server's configuration registers."""
+
+    model_config = _STRICT
+
+    label_set: str = Field(description="Name of the label set to make or to continue.", examples=["digits"])
+    teacher: str = Field(description="A registered teacher.", examples=["resnet"])
+    dataset: str = Field(description="A registered dataset.", examples=["train"])
+    top_k: int = Field(ge=1, le=MOST_CLASSES, description="Classes to store of each row.")
+    temperatures: list[float] = Field(default=[], max_length=100, description="Those declared besides 1.")
+    dtype: Dtype = Field(default="float16", description="Of the stored logits.")
+    batch_size: int | None = Field(default=None, ge=1, le=MOST_CLASSES, description="Examples a forward pass.")
+    rows_per_shard: int | None = Field(
+        default=None, le=2**40, description="Rows committed together; a multiple of 4096."
+    )
+
+    def checked(self) -> "JobRequest":
+        """The same in its canonical form: temperatures sorted, distinct, 1 among them.
+
+        Raises:
+            InvalidName, InvalidRequest: a value that no precompute would take.
+        """
+        check_name(self.label_set)
+        check_rows_per_shard(self.rows_per_shard, examples=0)
+        return self.model_copy(update={"temperatures": list(declared(self.temperatures))})
+
+    @property
+    def job_id(self) -> str:
+        """The same request is the same job: 16 hexadecimal digits of its hash."""
+        return sha256_hex(canonical_json(self.model_dump()))[:16]
+
+
+class Asked(JobRequest):
+    """The body of ``POST /v1/jobs``."""
+
+    again: bool = Field(
+        default=False, description="Run it once more although it succeeded: label what the dataset grew by."
+    )
+
+    def request(self) -> JobRequest:
+        """What it asks for, in canonical form."""
+        return JobRequest(**self.model_dump(exclude={"again"})).checked()
+
+
+class ProcessId(BaseModel):
+    """Which process: a number is used again sooner or later, so when it began belongs to it."""
+
+    model_config = _STRICT
+
+    pid: int = Field(gt=1)
+    began: str
+
+
+class JobError(BaseModel):
+    """Why a job failed: a ``code`` of the error tree, and what to do."""
+
+    model_config = _STRICT
+
+    code: str
+    message: str
+
+
+class Progress(BaseModel):
+    """How far a job's process is in what it is doing now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    activity: str
+    rows_done: int
+    rows_total: int
+    rows_per_s: float
+    seconds_left: float | None = Field(description="null until something is done.")
+
+
+class Outcome(BaseModel):
+    """What a job's process had to say at its end: a digest, or an error."""
+
+    digest: str | None = None
+    error: JobError | None = None
+
+
+class JobState(BaseModel):
+    """A job as the API tells it. Times are UTC; ``attempt`` counts from 1 and grows each time it is queued anew."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    request: JobRequest
+    state: State = "queued"
+    attempt: int = 1
+    created: datetime
+    started: datetime | None = Field(default=None, description="When this attempt's process began.")
+    stop_asked: datetime | None = Field(default=None, description="When its process was told to stop.")
+    ended: datetime | None = None
+    digest: str | None = Field(default=None, description="Of the label set, once succeeded.")
+    error: JobError | None = Field(default=None, description="Why it failed.")
+
+
+class JobDetail(JobState):
+    """A job, how far it is, and the end of its log."""
+
+    progress: Progress | None
+    log: list[str] = Field(description="The last lines that its process printed.")
+
+
+class Job(JobState):
+    """A job as its state file holds it.
+
+    ``asked`` is its place in the queue, ``restarts`` how often it was queued anew because its process was gone when a
+    server started, ``device`` the queue in which it runs.
+    """
+
+    asked: datetime
+    restarts: int = 0
+    process: ProcessId | None = None
+    device: str | None = None
+
+    @classmethod
+    def of(cls, request: JobRequest) -> "Job":
+        """A new job, queued."""
+        now = datetime.now(UTC)
+        return cls(id=request.job_id, request=request, created=now, asked=now)
+
+    def queued_anew(self, *, restarts: int = 0) -> "Job":
+        """The next attempt. One that a server queues by itself keeps its place."""
+        asked = self.asked if restarts else datetime.now(UTC)
+        return Job(
+            id=self.id,
+            request=self.request,
+            attempt=self.attempt + 1,
+            created=self.created,
+            asked=asked,
+            restarts=restarts,
+        )
+
+    def running(self, process: ProcessId, device: str) -> "Job":
+        """Its process began."""
+        now = datetime.now(UTC)
+        return self.model_copy(update={"state": "running", "process": process, "device": device, "started": now})
+
+    def cancelling(self) -> "Job":
+        """Its process was told to stop."""
+        return self.model_copy(update={"stop_asked": self.stop_asked or datetime.now(UTC)})
+
+    def over(self, state: State, *, digest: str | None = None, error: JobError | None = None) -> "Job":
+        """It ended."""
+        end = {"state": state, "ended": datetime.now(UTC), "process": None, "digest": digest, "error": error}
+        return self.model_copy(update=end)
+
+    def detail(self, progress: Progress | None, log: list[str]) -> JobDetail:
+        """What the API tells of it alone."""
+        told = {name: getattr(self, name) for name in JobState.model_fields}
+        return JobDetail(**told, progress=progress, log=log)
+
+
+def parse_asked(body: bytes) -> Asked:
+    """A request for a job out of a JSON body.
+
+    Raises:
+        RequestRefused: the body is not JSON.
+        InvalidRequest: it says something that cannot be; each field is named.
+    """
+    try:
+        return Asked.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        if found[0]["type"] == "json_invalid":
+            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
+        raise invalid_request(found) from None

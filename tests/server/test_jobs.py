@@ -1,0 +1,316 @@
+"""Jobs over HTTP, with real precomputes in processes of their own: they wait, run, end, are cancelled, asked again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.server.job_site import Asker, Site, until
+
+from logitcache.labels.errors import Unavailable
+from logitcache.server.app import create_app
+from logitcache.server.catalog import Catalog
+from logitcache.server.config import Config
+from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
+from logitcache.server.jobs.job import Asked, Job
+from logitcache.server.jobs.queue import MOST_LISTED, Jobs
+from logitcache.server.serve import running
+
+GRACE_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site.make(tmp_path_factory.mktemp("site"))
+    yield site
+    site.clear_away()
+
+
+@pytest.fixture(scope="module")
+def asker(site: Site) -> Iterator[Asker]:
+    """A client of a server that runs jobs; a cancelled process is given half a second."""
+    jobs = Jobs(site.store, site.config, grace_s=GRACE_S)
+    with running(create_app(Catalog(site.store), jobs)) as url, Asker(url) as asker:
+        yield asker
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_held(site: Site) -> Iterator[None]:
+    yield
+    for teacher in ("one", "two", "stubborn", "greedy"):
+        site.release(teacher)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(asker: Asker) -> dict[str, Any]:
+    """A job that ran to its end, and its digest."""
+    return asker.until_ended(asker.ask("undisturbed"))
+
+
+def test_a_job_labels_its_dataset_and_the_result_is_served(asker: Asker, undisturbed: dict[str, Any]) -> None:
+    assert (undisturbed["state"], undisturbed["attempt"], undisturbed["error"]) == ("succeeded", 1, None)
+    until(lambda: asker.http.get("/v1/label-sets/undisturbed").status_code == 200, "the label set to be noticed")
+    described = asker.http.get("/v1/label-sets/undisturbed").json()
+    assert described["digest"] == undisturbed["digest"] is not None
+    assert described["identity"]["k"] == 3
+    assert undisturbed["progress"] == undisturbed["progress"] | {"rows_done": 9000, "rows_total": 9000}
+    assert any(line.startswith("undisturbed: 9,000 rows in 3 shards") for line in undisturbed["log"])
+    assert undisturbed["created"] <= undisturbed["started"] <= undisturbed["ended"]
+
+
+def test_asking_for_the_same_again_gives_the_same_job_and_runs_nothing(
+    asker: Asker, undisturbed: dict[str, Any]
+) -> None:
+    answer = asker.post("undisturbed", temperatures=[1.0], dtype="float16")
+    assert answer.status_code == 200
+    assert answer.headers["Location"] == f"/v1/jobs/{undisturbed['id']}"
+    assert asker.job(undisturbed["id"]) == undisturbed
+
+
+def test_a_job_that_succeeded_runs_again_when_told_so_and_finds_nothing_left(asker: Asker) -> None:
+    id = asker.ask("twice")
+    first = asker.until_ended(id)
+    assert asker.ask("twice", again=True) == id
+    second = asker.until_ended(id)
+    assert (second["state"], second["attempt"], second["digest"]) == ("succeeded", 2, first["digest"])
+    assert second["log"].index("--- attempt 2") == len(first["log"])
+    assert any("nothing left to label" in line for line in second["log"])
+
+
+def test_jobs_on_one_device_run_one_after_the_other_and_those_on_two_side_by_side(asker: Asker, site: Site) -> None:
+    site.hold("one")
+    site.hold("two")
+    first, second, beside = asker.ask("first"), asker.ask("second"), asker.ask("beside", "two")
+    site.until_held("one")
+    site.until_held("two")
+    states = {id: asker.job(id)["state"] for id in (first, second, beside)}
+    assert states == {first: "running", second: "queued", beside: "running"}
+    assert asker.post("second").status_code == 200
+    metrics = asker.http.get("/metrics").text.splitlines()
+    assert 'logitcache_jobs{state="running"} 2.0' in metrics
+    assert 'logitcache_jobs{state="queued"} 1.0' in metrics
+    assert sum(line.startswith("logitcache_jobs{") for line in metrics) == 5
+    progress = asker.job(first)["progress"]
+    assert (progress["activity"], progress["rows_total"]) == ("labelling first", 9000)
+    assert 0 <= progress["rows_done"] <= 4096
+    site.release("one")
+    site.release("two")
+    ends = {id: asker.until_ended(id) for id in (first, second, beside)}
+    assert {job["state"] for job in ends.values()} == {"succeeded"}
+    assert ends[second]["started"] >= ends[first]["ended"]
+    listed = [job["id"] for job in asker.http.get("/v1/jobs").json()]
+    assert listed[:3] == [beside, second, first]
+
+
+def test_cancelled_while_labelling_it_keeps_what_is_committed_and_goes_on_when_asked_again(
+    asker: Asker, site: Site, undisturbed: dict[str, Any]
+) -> None:
+    site.hold("one")
+    running, waiting = asker.ask("stopped"), asker.ask("never-began")
+    site.until_held("one")
+    process = site.process(running)
+    assert asker.cancel(waiting)["state"] == "cancelled"
+    assert asker.cancel(running)["stop_asked"] is not None
+    stopped = asker.until_ended(running)
+    assert (stopped["state"], stopped["error"]) == ("cancelled", None)
+    assert not process.is_alive()
+    assert site.shards("stopped") == 1
+    assert not (site.store / "never-began").exists()
+    assert asker.cancel(running) == stopped
+    site.release("one")
+    assert asker.ask("stopped") == running
+    resumed = asker.until_ended(running)
+    assert (resumed["state"], resumed["attempt"], resumed["digest"]) == ("succeeded", 2, undisturbed["digest"])
+    assert asker.cancel(running) == resumed
+
+
+def test_cancelled_while_its_process_starts_it_leaves_nothing(asker: Asker, site: Site) -> None:
+    id = asker.ask("early")
+    asker.until(id, "running")
+    asker.cancel(id)
+    assert asker.until_ended(id)["state"] == "cancelled"
+    assert site.shards("early") == 0
+
+
+def test_a_process_that_does_not_stop_is_killed_after_its_grace(asker: Asker, site: Site) -> None:
+    site.hold("stubborn")
+    id = asker.ask("stubborn", "stubborn")
+    site.until_held("stubborn")
+    asker.cancel(id)
+    assert asker.until_ended(id)["state"] == "cancelled"
+    assert site.shards("stubborn") == 1
+
+
+def test_killed_as_when_memory_runs_out_it_says_so_and_goes_on_when_asked_again(asker: Asker, site: Site) -> None:
+    site.hold("greedy")
+    id = asker.ask("greedy", "greedy")
+    killed = asker.until_ended(id)
+    assert (killed["state"], killed["error"]["code"]) == ("failed", "job-killed")
+    assert "memory" in killed["error"]["message"]
+    assert killed["log"] == ["labelling greedy: 9,000 rows"]
+    assert site.shards("greedy") == 1
+    site.release("greedy")
+    assert asker.ask("greedy", "greedy") == id
+    resumed = asker.until_ended(id)
+    whole = asker.until_ended(asker.ask("never-killed", "greedy"))
+    assert (resumed["state"], resumed["error"], resumed["digest"]) == ("succeeded", None, whole["digest"])
+
+
+def test_a_teacher_that_raises_is_the_jobs_error(asker: Asker, site: Site) -> None:
+    failed = asker.until_ended(asker.ask("raising", "raising"))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "teacher-fault")
+    assert "the teacher's own trouble" in failed["error"]["message"]
+    assert any("the same command continues" in line for line in failed["log"])
+    assert site.shards("raising") == 1
+
+
+def test_another_job_for_a_label_set_that_is_there_is_refused_by_its_precompute(
+    asker: Asker, undisturbed: dict[str, Any]
+) -> None:
+    failed = asker.until_ended(asker.ask("undisturbed", top_k=4))
+    assert failed["id"] != undisturbed["id"]
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "identity-changed")
+    assert "k was 3 and is now 4" in failed["error"]["message"]
+
+
+def test_a_spec_that_names_nothing_is_told_without_where_the_server_keeps_things(asker: Asker, site: Site) -> None:
+    failed = asker.until_ended(asker.ask("nowhere", "nowhere"))
+    assert failed["error"]["code"] == "spec-not-found"
+    assert "'elsewhere'" in failed["error"]["message"]
+    assert str(site.folder) not in failed["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code", "told"),
+    [
+        ({"teacher": "oen"}, 404, "not-registered", "did you mean 'one'?"),
+        ({"dataset": "mine:points"}, 404, "not-registered", "did you mean 'points'?"),
+        ({"teacher": "mine:one"}, 404, "not-registered", "no teacher 'mine:one'"),
+        ({"label_set": "../../etc"}, 422, "invalid-name", "'../../etc'"),
+        ({"store": "/tmp"}, 422, "invalid-request", "store: Extra inputs"),
+        ({"top_k": "3"}, 422, "invalid-request", "top_k"),
+        ({"rows_per_shard": 5000}, 422, "invalid-request", "4,096"),
+        ({"temperatures": [-1]}, 422, "invalid-request", "temperature"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_and_makes_no_job(
+    asker: Asker, changes: dict[str, Any], status: int, code: str, told: str
+) -> None:
+    before = asker.http.get("/v1/jobs").json()
+    answer = asker.post(**{"label_set": "refused"} | changes)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert told in answer.json()["detail"]
+    assert asker.http.get("/v1/jobs").json() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [(b"{", "application/json", 400), (b"{}", "text/plain", 415), (b" " * (3 << 20), "application/json", 413)],
+)
+def test_a_body_that_is_not_a_request_is_a_problem(asker: Asker, content: bytes, kind: str, status: int) -> None:
+    answer = asker.http.post("/v1/jobs", content=content, headers={"Content-Type": kind})
+    assert (answer.status_code, answer.json()["code"]) == (status, "request-refused")
+
+
+@pytest.mark.parametrize("id", ["0123456789abcdef", "lock", "..%2Flock", "%00", "x" * 1000])
+def test_an_id_of_no_job_is_not_found(asker: Asker, id: str) -> None:
+    for answer in (asker.http.get(f"/v1/jobs/{id}"), asker.http.post(f"/v1/jobs/{id}/cancel")):
+        assert answer.status_code == 404
+        assert answer.json()["code"] in ("job-not-found", "request-refused")
+
+
+def test_without_a_configuration_the_routes_say_how_to_give_one(server: httpx.Client) -> None:
+    for answer in (server.get("/v1/jobs"), server.get("/v1/jobs/x"), server.post("/v1/jobs", json={})):
+        assert (answer.status_code, answer.json()["code"]) == (404, "not-registered")
+        assert "logitcache serve --config" in answer.json()["detail"]
+
+
+def test_a_second_server_tells_how_jobs_stand_and_takes_over_when_the_first_is_gone(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    asked = Asked(label_set="a", teacher="one", dataset="points", top_k=3)
+    first, second = Jobs(site.store, site.config), Jobs(site.store, site.config)
+    first.start()
+    second.start()
+    try:
+        job, queued = first.ask(asked)
+        assert queued
+        assert second.get(job.id).request == job.request
+        assert [known.id for known in second.newest()] == [job.id]
+        with pytest.raises(Unavailable, match="another server"):
+            second.ask(asked)
+        with pytest.raises(Unavailable, match="another server"):
+            second.cancel(job.id)
+        first.cancel(job.id)
+        until(lambda: first.get(job.id).state == "cancelled", "the job to be cancelled")
+        first.close()
+
+        def mine() -> bool:
+            try:
+                return second.ask(asked)[1]
+            except Unavailable:
+                return False
+
+        until(mine, "the second server to take over")
+        second.cancel(job.id)
+        until(lambda: second.get(job.id).state == "cancelled", "the job to be cancelled")
+    finally:
+        first.close()
+        second.close()
+        site.clear_away()
+
+
+def test_the_tail_of_a_log_is_bounded_in_lines_and_bytes(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path, "0123456789abcdef")
+    folder.path.mkdir()
+    assert folder.log_tail() == []
+    folder.log.write_text("".join(f"line {number}\n" for number in range(1000)))
+    assert folder.log_tail() == [f"line {number}" for number in range(1000 - TAIL_LINES, 1000)]
+    folder.log.write_text("é" * TAIL_BYTES)
+    (line,) = folder.log_tail()
+    assert len(line.encode()) <= TAIL_BYTES + 3
+    folder.log.write_bytes(b"a" * TAIL_BYTES + b"\nlast \xff\n")
+    assert folder.log_tail() == ["last �"]
+
+
+def test_a_job_that_cannot_be_written_down_is_none(asker: Asker, site: Site) -> None:
+    asked = Asked(label_set="unwritten", teacher="one", dataset="points", top_k=3, rows_per_shard=4096)
+    folder = site.store / ".jobs" / asked.request().job_id
+    folder.touch()
+    answer = asker.post("unwritten")
+    assert (answer.status_code, answer.json()["code"]) == (500, "storage-fault")
+    assert str(site.folder) not in answer.text
+    assert asker.http.get(f"/v1/jobs/{folder.name}").status_code == 404
+    folder.unlink()
+    asker.until(asker.ask("unwritten"), "succeeded")
+
+
+def test_a_job_whose_teacher_is_no_longer_registered_fails_when_its_turn_comes(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    jobs = Jobs(site.store, Config())
+    job = Job.of(Asked(label_set="a", teacher="one", dataset="points", top_k=3).request())
+    JobFolder(site.store / ".jobs", job.id).write(job)
+    jobs.start()
+    try:
+        error = jobs.get(job.id).error
+        assert error is not None
+        assert error.code == "not-registered"
+    finally:
+        jobs.close()
+
+
+def test_the_list_is_bounded_and_a_damaged_state_file_is_passed_over(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    jobs = Jobs(site.store, Config())
+    for number in range(MOST_LISTED + 5):
+        asked = Asked(label_set=f"set-{number}", teacher="one", dataset="points", top_k=3)
+        job = Job.of(asked.request()).over("cancelled")
+        JobFolder(site.store / ".jobs", job.id).write(job)
+    (site.store / ".jobs" / job.id / "job.json").write_text("{")
+    (site.store / ".jobs" / ("0" * 16)).mkdir()
+    jobs.start()
+    try:
+        assert len(jobs.newest()) == MOST_LISTED
+        assert jobs.counts()["cancelled"] == MOST_LISTED + 4
+    finally:
+        jobs.close()

@@ -1,0 +1,147 @@
+"""The rules of the queue, one by one: whose turn it is, how a job ended, what becomes of one that was lost."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from logitcache.labels.errors import InvalidName, InvalidRequest
+from logitcache.server.jobs.job import Asked, Job, JobError, JobRequest, Outcome, ProcessId, parse_asked
+from logitcache.server.jobs.rules import MOST_RESTARTS, due, ended, lost
+
+BEGAN = datetime(2026, 11, 1, tzinfo=UTC)
+SUCCESS = Outcome(digest="sha256:aa")
+FAILURE = Outcome(error=JobError(code="teacher-fault", message="the teacher's own trouble"))
+
+
+def queued(minute: int, label_set: str = "", teacher: str = "t") -> Job:
+    """A job that was asked for at some minute, for a label set of its own unless told."""
+    request = JobRequest(label_set=label_set or f"set-{minute}", teacher=teacher, dataset="d", top_k=2)
+    asked = BEGAN + timedelta(minutes=minute)
+    return Job(id=request.job_id, request=request, created=asked, asked=asked)
+
+
+def running(minute: int, device: str = "t", **options: Any) -> Job:
+    return queued(minute, **options).running(ProcessId(pid=77, began="x"), device)
+
+
+def turns(*jobs: Job) -> list[Job]:
+    """Whose turn it is where each teacher has a device of its own name."""
+    return due(jobs, lambda job: job.request.teacher)
+
+
+def test_one_job_a_device_in_order_of_asking() -> None:
+    first, second, other = queued(1), queued(2), queued(3, teacher="other")
+    assert turns(second, other, first) == [first, other]
+    assert turns(running(1), second, other) == [other]
+
+
+def test_one_job_a_label_set_whatever_the_devices() -> None:
+    first, second = queued(1, "same"), queued(2, "same", "other")
+    assert turns(second, first) == [first]
+    assert turns(running(1, label_set="same"), second) == []
+
+
+def test_a_job_that_waits_for_its_label_set_keeps_its_place_on_its_device() -> None:
+    blocked, behind = queued(2, "same", "other"), queued(3, teacher="other")
+    assert turns(running(1, label_set="same"), blocked, behind) == []
+
+
+def test_jobs_that_ended_are_nobodys_turn() -> None:
+    assert turns(queued(1).over("cancelled"), queued(2).over("succeeded"), queued(3).over("failed")) == []
+
+
+def test_what_the_process_said_is_the_outcome() -> None:
+    job = ended(running(1), SUCCESS, 0)
+    assert (job.state, job.digest, job.process) == ("succeeded", "sha256:aa", None)
+    job = ended(running(1), FAILURE, 1)
+    assert (job.state, job.error) == ("failed", FAILURE.error)
+
+
+def test_a_job_that_was_cancelled_is_cancelled_unless_it_was_done_first() -> None:
+    stopped = running(1).cancelling()
+    assert [ended(stopped, outcome, -15).state for outcome in (None, FAILURE)] == ["cancelled", "cancelled"]
+    assert ended(stopped, SUCCESS, 0).state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "told"),
+    [
+        (-9, "memory runs out"),
+        (137, "memory runs out"),
+        (-11, "ended by SIGSEGV"),
+        (130, "ended by SIGINT"),
+        (3, "exit code 3"),
+        (None, "was gone"),
+    ],
+)
+def test_a_process_that_said_nothing_was_killed_and_can_be_asked_for_again(exit_code: int | None, told: str) -> None:
+    error = ended(running(1), None, exit_code).error
+    assert error is not None
+    assert error.code == "job-killed"
+    assert told in error.message
+    assert "committed is kept" in error.message
+
+
+def test_a_lost_job_keeps_its_place_and_is_queued_anew_a_bounded_number_of_times() -> None:
+    job = running(1)
+    for number in range(MOST_RESTARTS):
+        job = lost(job, None)
+        assert (job.state, job.attempt, job.asked) == ("queued", number + 2, queued(1).asked)
+        job = job.running(ProcessId(pid=78, began="y"), "t")
+    assert lost(job, None).state == "failed"
+    assert lost(job.over("failed").queued_anew().running(ProcessId(pid=79, began="z"), "t"), None).state == "queued"
+
+
+def test_a_job_that_ended_while_no_server_was_there_is_not_lost() -> None:
+    assert lost(running(1), SUCCESS).state == "succeeded"
+    assert lost(running(1), FAILURE).state == "failed"
+    assert lost(running(1).cancelling(), None).state == "cancelled"
+
+
+def ask(**changes: Any) -> Asked:
+    return Asked.model_validate({"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2} | changes)
+
+
+def test_the_same_request_is_the_same_job_however_it_is_written() -> None:
+    plain = ask(temperatures=[2.0, 4.0]).request()
+    assert plain.job_id == ask(temperatures=[4.0, 1.0, 2.0, 2.0], dtype="float16", again=True).request().job_id
+    others: list[dict[str, Any]] = [
+        {"top_k": 3},
+        {"label_set": "b"},
+        {"teacher": "u"},
+        {"batch_size": 8},
+        {"temperatures": [2.0]},
+    ]
+    ids = {ask(**{"temperatures": [2.0, 4.0]} | change).request().job_id for change in others}
+    assert len(ids | {plain.job_id}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"label_set": "../up"}, InvalidName, "cannot be a label set's name"),
+        ({"temperatures": [0.0]}, InvalidRequest, "temperature"),
+        ({"rows_per_shard": 5000}, InvalidRequest, "4,096"),
+    ],
+)
+def test_what_no_precompute_would_take_is_refused_at_once(changes: Any, kind: type[Exception], told: str) -> None:
+    with pytest.raises(kind, match=told):
+        ask(**changes).request()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "body"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d"}', "top_k: Field required"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": "2"}', "top_k"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 0}', "top_k"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "spec": "os:system"}', "spec: Extra inputs"),
+        (b'{"label_set": "a", "teacher": {"spec": "os:x"}, "dataset": "d", "top_k": 2}', "teacher"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_and_its_field_named(body: bytes, told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        parse_asked(body)
