@@ -1,4 +1,5 @@
-"""What every reader of a label set must do. A reader's tests subclass `LabelSetConformance` beside three fixtures.
+"""What every reader of a label set must do. A reader's tests subclass `LabelSetConformance` beside three fixtures,
+and `ShapesConformance` beside the same fixtures over label sets of any shape.
 
 ``source`` is the dense reference, ``complete`` a reader of the finished label set made from it (with at least three
 shards), ``partial`` a reader of one of which only shard 0 is committed.
@@ -17,11 +18,12 @@ from logitcache.labels.errors import (
     InvalidIds,
     InvalidRequest,
     LogitcacheError,
+    RangeOutside,
     RowsMissing,
     TooManyRows,
     UnknownView,
 )
-from logitcache.labels.label_set import LabelSet
+from logitcache.labels.label_set import LABELLED, UNKNOWN, UNLABELLED, LabelSet
 from logitcache.labels.soft_labels import SoftLabels
 
 ORDERS = settings(
@@ -33,22 +35,40 @@ FLOAT16_RELATIVE = 2.0**-11
 """Half a unit in the last place of a float16, relative."""
 
 
-def assert_rows_equal(soft: SoftLabels, source: Reference, ids: np.ndarray) -> None:
-    """Every field of these rows is what the dense reference says."""
-    assert np.array_equal(soft.indices, source.order[ids])
-    assert np.array_equal(soft.fingerprint, source.fingerprints[ids])
-    assert np.array_equal(soft.logit_max, source.logits[ids].max(1).astype(np.float32))
+def assert_rows_equal(soft: SoftLabels, source: Reference, ordinals: Any, ranges: Any = None) -> None:
+    """Every field of these examples' rows is what the dense reference says."""
+    rows = source.rows(ordinals, ranges)
+    assert np.array_equal(soft.indices, source.order[rows])
+    assert np.array_equal(soft.fingerprint, source.fingerprints[np.asarray(ordinals)])
+    assert np.array_equal(soft.logit_max, source.logits[rows].max(1).astype(np.float32))
     for temperature in source.identity.temperatures:
-        dense = source.probs(temperature)[ids]
+        dense = source.probs(temperature, rows)
         head = np.take_along_axis(dense, soft.indices.astype(int), 1)
         error = np.abs(soft.log_probs(temperature) - np.log(head))
-        centred = np.abs(np.take_along_axis(source.centred[ids], soft.indices.astype(int), 1))
+        centred = np.abs(np.take_along_axis(source.centred[rows], soft.indices.astype(int), 1))
         # Each centred logit is rounded, and so is, by a weighted mean of the same errors, the normaliser.
         bound = (centred + centred.max(1, keepdims=True)) * FLOAT16_RELATIVE / temperature + 1e-6
         assert (error <= bound).all()
         residual = 1.0 - head.sum(1)
         large = residual > 1e-8
         assert np.abs(soft.residual_mass(temperature) / residual - 1)[large].max(initial=0) < 5e-3
+    if source.identity.alignment == "causal":
+        assert soft.row_splits is not None
+        assert soft.tokens is not None
+        counts = source.row_counts[np.asarray(ordinals)] if ranges is None else np.diff(np.atleast_2d(ranges))[:, 0]
+        assert np.array_equal(np.diff(soft.row_splits), np.broadcast_to(counts, len(ordinals)))
+        assert np.array_equal(soft.tokens, source.tokens[rows])
+    else:
+        assert soft.row_splits is None
+        assert soft.tokens is None
+    if source.identity.targets:
+        assert soft.target is not None
+        assert soft.target_logit is not None
+        assert np.array_equal(soft.target, source.targets[rows])
+        assert np.array_equal(soft.target_logit, source.target_logits[rows], equal_nan=True)
+    else:
+        assert soft.target is None
+        assert soft.target_logit is None
 
 
 class LabelSetConformance:
@@ -143,7 +163,21 @@ class LabelSetConformance:
 
     @pytest.mark.parametrize(
         "ids",
-        [[], [0.5], ["0"], [True], [None], [2**63], [-(2**63) - 1], [[1, 2]], "12", {"a": 1}, 5, np.array([0.0])],
+        [
+            [],
+            [0.5],
+            ["0"],
+            [True],
+            [None],
+            [2**63],
+            [-(2**63) - 1],
+            [[1, 2]],
+            "12",
+            {"a": 1},
+            5,
+            np.array([0.0]),
+            [1, "a"],
+        ],
         ids=str,
     )
     def test_ids_that_cannot_be_right_are_refused(self, complete: LabelSet, ids: Any) -> None:
@@ -164,6 +198,82 @@ class LabelSetConformance:
         with pytest.raises(LogitcacheError) as caught:
             complete.fetch([-5])
         assert caught.value.code == "rows-missing"
+
+
+class ShapesConformance:
+    """What every reader does for label sets of any alignment, ids and targets. The fixtures are the same three."""
+
+    def test_every_row_of_every_example_equals_the_reference(self, complete: LabelSet, source: Reference) -> None:
+        ordinals = np.random.default_rng(5).permutation(source.layout.examples)
+        assert_rows_equal(complete.fetch(source.at(ordinals)), source, ordinals)
+
+    @ORDERS
+    @given(data=st.data())
+    def test_any_examples_and_ranges_are_those_of_the_whole(
+        self, complete: LabelSet, source: Reference, data: st.DataObject
+    ) -> None:
+        last = source.layout.examples - 1
+        edges = [edge for shard in range(source.layout.shards) for edge in (source.layout.span(shard)[0], last)]
+        ordinals = data.draw(st.lists(st.sampled_from(edges) | st.integers(0, last), min_size=1, max_size=40))
+        ranges = None
+        if source.identity.alignment == "causal" and data.draw(st.booleans()):
+            pairs = [st.tuples(*[st.integers(0, int(source.row_counts[at]))] * 2).map(sorted) for at in ordinals]
+            ranges = np.array(data.draw(st.tuples(*pairs)))
+        assert_rows_equal(complete.fetch(source.at(ordinals), rows=ranges), source, ordinals, ranges)
+
+    def test_one_range_is_taken_of_every_example(self, complete: LabelSet, source: Reference) -> None:
+        if source.identity.alignment != "causal":
+            pytest.skip("an example has one row")
+        assert_rows_equal(complete.fetch(source.at([4, 0, 4]), rows=(0, 1)), source, [4, 0, 4], (0, 1))
+
+    def test_a_range_outside_its_example_is_named(self, complete: LabelSet, source: Reference) -> None:
+        if source.identity.alignment != "causal":
+            pytest.skip("an example has one row")
+        count = int(source.row_counts[2])
+        with pytest.raises(RangeOutside, match=f"it has {count:,}") as caught:
+            complete.fetch(source.at([2]), rows=(0, count + 1))
+        assert caught.value.ids == source.at([2])
+
+    def test_the_description_tells_the_shape(self, complete: LabelSet, source: Reference) -> None:
+        description = complete.describe()
+        assert description.identity == source.identity
+        assert (description.examples, description.labelled) == (source.layout.examples, source.layout.examples)
+        assert description.rows == len(source.logits)
+
+    def test_unknown_ids_are_named(self, complete: LabelSet, source: Reference) -> None:
+        unknown: list[Any] = ["no/such", "😀"] if source.identity.ids == "text" else [-3, 2**62 + 1]
+        with pytest.raises(RowsMissing) as caught:
+            complete.fetch([*source.at([1]), *unknown, unknown[0]])
+        assert (caught.value.unknown, caught.value.unlabelled) == (unknown, [])
+        states = complete.states([*source.at([1]), *unknown])
+        assert states.tolist() == [LABELLED, UNKNOWN, UNKNOWN]
+
+    def test_ids_of_the_other_kind_are_refused(self, complete: LabelSet, source: Reference) -> None:
+        with pytest.raises(InvalidIds, match="are texts" if source.identity.ids == "text" else "are whole numbers"):
+            complete.fetch([5] if source.identity.ids == "text" else ["five"])
+
+    def test_what_is_labelled_so_far_is_served_and_the_rest_is_named(
+        self, partial: LabelSet, source: Reference
+    ) -> None:
+        later = source.layout.span(1)[0]
+        assert_rows_equal(partial.fetch(source.at([3, 1])), source, [3, 1])
+        with pytest.raises(RowsMissing) as caught:
+            partial.fetch(source.at([3, later]))
+        assert (caught.value.unknown, caught.value.unlabelled) == ([], source.at([later]))
+        assert partial.states(source.at([later, 3])).tolist() == [UNLABELLED, LABELLED]
+
+    def test_masked_examples_are_marked_and_cannot_be_trained_on(self, partial: LabelSet, source: Reference) -> None:
+        later = source.layout.span(1)[0]
+        soft = partial.fetch(source.at([3, later, 1]), on_missing="mask")
+        assert soft.present is not None
+        assert soft.present.tolist() == [True, False, True]
+        if soft.row_splits is not None:
+            assert soft.rows_of(1) == slice(int(source.row_counts[3]), int(source.row_counts[3]))
+            assert np.array_equal(soft.indices, source.order[source.rows([3, 1])])
+        else:
+            assert np.isnan(soft.logits[1]).all()
+            assert np.array_equal(soft.indices[[0, 2]], source.order[[3, 1]])
+            assert soft.target is None or soft.target[1] == -1
 
 
 def fetch_beyond_the_limit(reader: LabelSet) -> None:

@@ -1,5 +1,7 @@
 """The mathematics of a truncated row, against the dense distribution in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tests.building import Reference, reference
 
 from logitcache.labels.errors import ShapeMismatch, UndeclaredTemperature
-from logitcache.labels.soft_labels import RowSpec, SoftLabels, concatenate, temperature_name
+from logitcache.labels.soft_labels import RowSpec, SoftLabels, concatenate, splits_of, temperature_name
 
 
 def rows_of(source: Reference, count: int) -> SoftLabels:
@@ -88,5 +90,51 @@ def test_temperatures_are_named_exactly() -> None:
     )
 
 
-def test_a_row_of_32_classes_in_float16_takes_four_bytes_a_class_and_twenty_more() -> None:
-    assert RowSpec(32, "uint16", "float16", (1.0, 2.0)).row_bytes == 32 * 4 + 3 * 4 + 8
+def test_a_row_of_32_classes_in_float16_takes_four_bytes_a_class_and_twelve_more() -> None:
+    spec = RowSpec(32, "uint16", "float16", (1.0, 2.0))
+    assert (spec.row_bytes, spec.example_bytes) == (32 * 4 + 3 * 4, 8)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("targets", [False, True])
+def test_the_bytes_of_rows_and_examples_are_those_of_their_arrays(*, ragged: bool, targets: bool) -> None:
+    spec = RowSpec(5, "uint32", "float16", (1.0,), ragged, targets)
+    rows, examples = (70, 9) if ragged else (9, 9)
+    fields = spec.fields(rows, examples)
+    total = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in fields.values())
+    # row_splits has one entry more than examples.
+    assert total == rows * spec.row_bytes + examples * spec.example_bytes + 8 * ragged
+    assert ("tokens" in fields, "target" in fields) == (ragged, targets)
+
+
+def ragged_rows(counts: list[int], first: int, digest: str | None = "d") -> SoftLabels:
+    rows = sum(counts)
+    column = np.arange(first, first + rows)
+    return SoftLabels(
+        indices=column[:, None].astype(np.uint16),
+        logits=np.zeros((rows, 1), np.float16),
+        logit_max=column.astype(np.float32),
+        tail_logsumexp=np.zeros((rows, 1), np.float32),
+        fingerprint=np.arange(len(counts), dtype=np.uint64),
+        temperatures=(1.0,),
+        digest=digest,
+        row_splits=splits_of(np.array(counts)),
+        tokens=column.astype(np.uint32),
+    )
+
+
+def test_parts_of_ragged_rows_are_put_together_with_their_splits() -> None:
+    whole = concatenate([ragged_rows([2, 0, 3], 0), ragged_rows([4], 5), ragged_rows([1, 1], 9)])
+    assert whole.row_splits is not None
+    assert whole.row_splits.tolist() == [0, 2, 2, 5, 9, 10, 11]
+    assert (whole.examples, len(whole)) == (6, 11)
+    assert whole.indices[:, 0].tolist() == list(range(11))
+    assert [whole.indices[whole.rows_of(at), 0].tolist() for at in (0, 1, 3)] == [[0, 1], [], [5, 6, 7, 8]]
+
+
+def test_parts_with_other_fields_or_digests_are_not_put_together() -> None:
+    ragged = ragged_rows([2], 0)
+    with pytest.raises(ShapeMismatch, match="different label sets"):
+        concatenate([ragged, ragged_rows([2], 0, digest="e")])
+    with pytest.raises(ShapeMismatch, match="other fields"):
+        concatenate([ragged, replace(ragged, tokens=None)])

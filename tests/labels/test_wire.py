@@ -57,12 +57,20 @@ def test_we_read_what_the_safetensors_library_writes(content: dict[str, np.ndarr
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("rows", [1, 7, 4096])
 @pytest.mark.parametrize("present", [False, True])
-def test_every_array_of_a_body_of_rows_is_aligned(index_dtype: str, dtype: str, rows: int, *, present: bool) -> None:
-    spec = RowSpec(3, index_dtype, dtype, (1.0, 2.0))
-    body, views = wire.allocate(spec.fields(rows, present=present), wire.row_metadata(spec.temperatures, None))
+@pytest.mark.parametrize(("ragged", "targets"), [(False, False), (False, True), (True, False), (True, True)])
+def test_every_array_of_a_body_of_rows_is_aligned(
+    index_dtype: str, dtype: str, rows: int, *, present: bool, ragged: bool, targets: bool
+) -> None:
+    spec = RowSpec(3, index_dtype, dtype, (1.0, 2.0), ragged, targets)
+    examples = 1 + rows // 3 if ragged else rows
+    body, views = wire.allocate(
+        spec.fields(rows, examples, present=present), wire.row_metadata(spec.temperatures, None)
+    )
     assert all(view.flags.aligned and np.shares_memory(view, body) for view in views.values())
     for view in views.values():
         view[...] = 1
+    if ragged:
+        views["row_splits"][:] = np.linspace(0, rows, examples + 1).astype(int)
     soft = wire.decode_rows(body)
     assert all(getattr(soft, name).flags.aligned for name in views)
     assert np.shares_memory(soft.indices, body)
@@ -134,7 +142,7 @@ def test_no_body_does_more_than_parse_or_be_refused(noise: bytes, place: int, va
 
 def test_rows_that_disagree_with_each_other_are_refused() -> None:
     spec = RowSpec(3, "uint16", "float16", (1.0,))
-    good = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4).items()}
+    good = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4, 4).items()}
     metadata = wire.row_metadata(spec.temperatures, "sha256:x")
     assert wire.decode_rows(wire.encode(good, metadata)).digest == "sha256:x"
     bad: list[dict[str, np.ndarray]] = [
@@ -151,3 +159,23 @@ def test_rows_that_disagree_with_each_other_are_refused() -> None:
     for broken in ({}, {"temperatures": "no"}, {"temperatures": "[null]"}):
         with pytest.raises(MalformedMessage):
             wire.decode_rows(wire.encode(good, broken))
+
+
+@pytest.mark.parametrize(
+    "splits", [[0, 2, 5], [1, 2, 4], [0, 3, 2], [0, 4], [0, 2, 3, 4], [0, -1, 4], [0, 2**62, 4]], ids=str
+)
+def test_splits_that_do_not_split_the_rows_are_refused(splits: list[int]) -> None:
+    spec = RowSpec(3, "uint16", "float16", (1.0,), ragged=True)
+    good = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4, 2).items()}
+    good["row_splits"] = np.array([0, 1, 4])
+    metadata = wire.row_metadata(spec.temperatures, None)
+    assert wire.decode_rows(wire.encode(good, metadata)).rows_of(1) == slice(1, 4)
+    with pytest.raises(MalformedMessage, match="soft labels"):
+        wire.decode_rows(wire.encode(good | {"row_splits": np.array(splits)}, metadata))
+
+
+def test_pointwise_rows_are_as_many_as_their_examples() -> None:
+    spec = RowSpec(3, "uint16", "float16", (1.0,))
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4, 3).items()}
+    with pytest.raises(MalformedMessage, match="soft labels"):
+        wire.decode_rows(wire.encode(arrays, wire.row_metadata(spec.temperatures, None)))

@@ -26,9 +26,9 @@ class Counting(Files):
             self.at(self.number, operation, path)
         self.number += 1
 
-    def write(self, path: Path, data: Bytes) -> None:
+    def write(self, path: Path, data: Bytes, size: int | None = None) -> None:
         self._count("write", path)
-        super().write(path, data)
+        super().write(path, data, size)
 
     def fsync(self, path: Path) -> None:
         self._count("fsync", path)

@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import RowsMissing
-from logitcache.storage import LocalLabelSet, admission, shards
+from logitcache.storage import LocalLabelSet, admission, gather, local, shards
 
 DAMAGED = 1
 """The shard that is damaged; its neighbours must stay served."""
@@ -233,7 +235,7 @@ def test_a_repair_that_gives_other_bytes_becomes_a_new_generation(label_set: Pat
     old = reader.describe().digest
     flip_a_bit(label_set / "scalars" / "c.1.0")
     reader.verify_all()
-    other = Reference(source.layout, source.logits + np.float64(1))  # the same examples, other rows
+    other = replace(source, logits=source.logits + np.float64(1))  # the same examples, other rows
     with writer_of(label_set, source) as writer:
         commit_shards(writer, other, writer.missing)
         # Until it is sealed, what was committed belongs to no generation: it is not served.
@@ -253,16 +255,16 @@ def test_rows_that_are_withdrawn_while_they_are_gathered_are_not_returned(
     reader = LocalLabelSet(label_set)
     reader.verify_all()
     flip_a_bit(label_set / "logits" / "c.1.0")
-    gather = reader._gather
+    plain = gather.gather_rows
     calls: list[int] = []
 
-    def withdrawn_meanwhile(*arguments: object) -> None:
-        gather(*arguments)  # type: ignore[arg-type]
+    def withdrawn_meanwhile(*arguments: Any) -> None:
+        plain(*arguments)
         calls.append(1)
         if len(calls) == 1:
             reader.verify_all()
 
-    monkeypatch.setattr(reader, "_gather", withdrawn_meanwhile)
+    monkeypatch.setattr(local, "gather_rows", withdrawn_meanwhile)
     with pytest.raises(RowsMissing, match="damaged"):
         reader.fetch([ROWS_PER_SHARD])
     assert calls == [1]

@@ -11,7 +11,7 @@ from tests.building import Reference, build, commit_shards, reference, writer_of
 from tests.storage.faults import Counting
 
 from logitcache.storage.admission import quarantine
-from logitcache.storage.layout import Places
+from logitcache.storage.places import Places
 
 
 class Recording(Counting):
@@ -24,7 +24,7 @@ class Recording(Counting):
 
 @pytest.fixture(scope="module")
 def source() -> Reference:
-    return reference(2)
+    return reference(2, ids="text", targets=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_chunks_are_durable_under_their_names_before_the_commit_that_promises_th
     places = Places(path)
     for shard in range(2):
         committed = position(done, "link", places.commit(shard))
-        for array in source.layout.arrays.values():
-            linked = position(done, "link", places.chunk(array, shard))
-            assert linked < position(done, "fsync", path / array.name, linked) < committed
+        for name in source.layout.parts:
+            linked = position(done, "link", places.part(source.layout, name, shard))
+            assert linked < position(done, "fsync", path / name, linked) < committed
         assert position(done, "fsync", places.commits, committed) > committed
     sealed = position(done, "link", places.generations / "1.json")
     assert position(done, "fsync", places.commits, committed) < sealed
@@ -87,7 +87,7 @@ def test_a_quarantine_withdraws_the_commit_durably_before_it_moves_a_file(source
     renamed = [at for at, (operation, _) in enumerate(files.done) if operation == "rename"]
     assert files.done[renamed[0]][1].name == "commit.json"
     assert renamed[0] < position(files.done, "fsync", path / "commits") < renamed[1]
-    assert len(renamed) == 1 + len(source.layout.arrays)
+    assert len(renamed) == 1 + len(source.layout.parts)
 
 
 def test_unused_slots_of_the_last_shard_are_zero(source: Reference, tmp_path: Path) -> None:

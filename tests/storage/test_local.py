@@ -20,6 +20,7 @@ from logitcache.labels import wire
 from logitcache.labels.errors import LabelSetNotFound, NewerFormat, NotALabelSet, RowsMissing, StoreNotFound
 from logitcache.labels.label_set import Limits
 from logitcache.storage import LocalLabelSet, label_set_names
+from logitcache.storage.layout import Layout
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +126,9 @@ def test_a_forked_child_reads_through_the_mappings_it_inherits(store: Path, sour
 
 def test_opening_reserves_addresses_and_no_memory_for_a_large_label_set(tmp_path: Path) -> None:
     small = reference(1, short_by=4000)
-    source = Reference(dataclasses.replace(small.layout, rows_per_shard=64 * ROWS_PER_SHARD), small.logits)
+    source = dataclasses.replace(
+        small, layout=Layout.pointwise(small.identity, small.layout.examples, 64 * ROWS_PER_SHARD)
+    )
     with writer_of(tmp_path / "s" / "x", source) as writer:
         commit_shards(writer, source, [0])
     for path in [tmp_path / "s/x/zarr.json", *(tmp_path / "s/x").glob("*/zarr.json")]:
@@ -180,19 +183,33 @@ def test_what_is_not_a_label_set_is_told_apart(store: Path, tmp_path: Path) -> N
             LocalLabelSet(tmp_path / "folder")
 
 
+COUNTS = "[4096, 4096, 3096]"
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"examples": 11288', '"examples": 32768001'),
-        ('"examples": 11288', '"examples": -1'),
-        ('"examples": 11288', '"examples": true'),
+        (COUNTS, "[4096, 4096, 4097]"),
+        (COUNTS, "[4096, 4096, 0]"),
+        (COUNTS, "[4096, 4096, -1]"),
+        (COUNTS, "[4096, 4096, true]"),
+        (f'"examples": {COUNTS}', '"examples": [4096, 4096]'),
+        (COUNTS, "[]"),
+        (COUNTS, str([1] * 6001)),
+        (COUNTS, "7"),
+        (f'"rows": {COUNTS}', '"rows": [4096, 4096, 3095]'),
+        (f'"rows": {COUNTS}', '"rows": [4096, 4096, 3097]'),
+        ('"examples_per_shard": 4096', '"examples_per_shard": 8192'),
+        ('"shards": {', '"shards": {"more": [], '),
         ('"rows_per_shard": 4096', '"rows_per_shard": 4095'),
         ('"rows_per_shard": 4096', '"rows_per_shard": 0'),
         ('"k": 4', '"k": 21'),
         ('"k": 4', '"k": 4.0'),
         ('"classes": 20', '"classes": 4294967296'),
         ('"dtype": "float16"', '"dtype": "object"'),
-        ('"alignment": "pointwise"', '"alignment": "causal"'),
+        ('"alignment": "pointwise"', '"alignment": "bidirectional"'),
+        ('"ids": "ordinal"', '"ids": 7'),
+        ('"targets": false', '"targets": 0'),
         ('"views": 1', '"views": 1000000000'),
         ('"temperatures": [', '"temperatures": [0, '),
     ],
@@ -202,7 +219,7 @@ def test_a_damaged_manifest_is_refused_before_anything_is_allocated(
 ) -> None:
     shutil.copytree(store / "complete", tmp_path / "s" / "x")
     path = tmp_path / "s" / "x" / "zarr.json"
-    text = path.read_text()
+    text = json.dumps(json.loads(path.read_text()))
     assert old in text
     path.write_text(text.replace(old, new))
     with pytest.raises(NotALabelSet, match=r"the manifest is damaged: "):
@@ -236,7 +253,8 @@ def test_an_array_of_another_shape_or_codec_is_refused(store: Path, tmp_path: Pa
 def test_rows_are_gathered_from_one_mapping_an_array_however_many_shards(complete: LocalLabelSet) -> None:
     complete.verify_all()
     rows = complete._shards.rows["logits"]
-    assert rows.shape == (3 * ROWS_PER_SHARD, 4)
+    assert rows.shape[0] >= 3 * ROWS_PER_SHARD
+    assert rows.shape[1:] == (4,)
     assert not rows.flags.writeable
     base = rows
     while isinstance(base, np.ndarray) and base.base is not None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, refe
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import DatasetChanged, DigestChanged, LabelSetLocked, RowsMissing, StorageFault
-from logitcache.storage import LocalLabelSet, admission, shards
+from logitcache.storage import LocalLabelSet, admission, gather, local, shards
 from logitcache.storage.lock import WriterLock
 
 SECOND = ROWS_PER_SHARD
@@ -135,13 +136,24 @@ def test_a_shard_that_is_repaired_before_the_reader_gets_the_lock_is_left_alone(
     reader.close()
 
 
+@pytest.mark.usefixtures("no_verifier")
+def test_what_was_wrong_is_told_though_another_process_withdrew_the_shard_first(label_set: Path) -> None:
+    damage(label_set, 1)
+    reader = LocalLabelSet(label_set)
+    (label_set / "commits" / "1.json").unlink()
+    reader._shards.admit([1])
+    assert "the bytes of logits hash to" in reader.damaged()[1]
+    assert not (label_set / "quarantine").exists()
+    reader.close()
+
+
 def test_a_shard_withdrawn_and_committed_again_between_two_looks_is_mapped_anew(
     label_set: Path, source: Reference
 ) -> None:
     reader = LocalLabelSet(label_set)
     old = reader.fetch([SECOND])
     damage(label_set, 1)
-    other = Reference(source.layout, source.logits[:, ::-1].copy())
+    other = replace(source, logits=source.logits[:, ::-1].copy())
     repair(label_set, other)
     reader._shards.refresh()
     new = reader.fetch([SECOND])
@@ -155,12 +167,12 @@ def test_rows_gathered_before_a_repair_are_not_given_out_after_it(
 ) -> None:
     reader = LocalLabelSet(label_set)
     reader.verify_all()
-    other = Reference(source.layout, source.logits[:, ::-1].copy())
-    gather: Callable[..., None] = reader._gather
+    other = replace(source, logits=source.logits[:, ::-1].copy())
+    plain: Callable[..., None] = gather.gather_rows
     calls: list[int] = []
 
     def repaired_meanwhile(*arguments: Any) -> None:
-        gather(*arguments)
+        plain(*arguments)
         calls.append(1)
         if len(calls) == 1:
             damage(label_set, 1)
@@ -168,7 +180,7 @@ def test_rows_gathered_before_a_repair_are_not_given_out_after_it(
             reader._shards.refresh()
             reader._shards.admit([1])
 
-    monkeypatch.setattr(reader, "_gather", repaired_meanwhile)
+    monkeypatch.setattr(local, "gather_rows", repaired_meanwhile)
     assert_rows_equal(reader.fetch([SECOND]), other, np.array([SECOND]))
     assert len(calls) == 2
     reader.close()
@@ -229,7 +241,9 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_the_disk_and_not_of_the_shard(
     reader = LocalLabelSet(label_set)
     with pytest.raises(StorageFault, match="Input/output error"):
         reader.fetch([SECOND])
-    assert [report.problem for report in reader.verify_all()] == ["a chunk file cannot be read: Input/output error"] * 3
+    assert [report.problem for report in reader.verify_all()] == [
+        "a file of a shard cannot be read: Input/output error"
+    ] * 3
     monkeypatch.undo()
     assert len(reader.fetch([SECOND])) == 1
     reader.close()

@@ -32,7 +32,8 @@ from logitcache.labels.errors import (
 )
 from logitcache.labels.identity import TeacherId, label_set_digest
 from logitcache.storage import LocalLabelSet
-from logitcache.storage.layout import Layout, default_rows_per_shard
+from logitcache.storage.layout import Layout
+from logitcache.storage.packing import default_rows_per_shard
 from logitcache.storage.writer import LabelSetWriter
 
 
@@ -65,7 +66,7 @@ def test_the_digest_is_that_of_the_identity_and_the_commits(source: Reference, p
     commits = [hashlib.sha256((path / f"commits/{shard}.json").read_bytes()).hexdigest() for shard in range(3)]
     assert LocalLabelSet(path).describe().digest == label_set_digest(source.identity, commits)
     for shard in range(3):
-        for name, entry in json.loads((path / f"commits/{shard}.json").read_bytes())["arrays"].items():
+        for name, entry in json.loads((path / f"commits/{shard}.json").read_bytes())["files"].items():
             [chunk] = [file for file in (path / name).glob(f"c.{shard}*") if file.name.split(".")[1] == str(shard)]
             assert hashlib.sha256(chunk.read_bytes()).hexdigest() == entry["sha256"]
             assert chunk.stat().st_size == entry["bytes"]
@@ -146,35 +147,35 @@ def test_another_identity_is_refused_field_by_field(
     before = content(path)
     other = dataclasses.replace(source.identity, **change)
     with pytest.raises(IdentityChanged) as caught:
-        LabelSetWriter(path, other, source.layout.examples)
+        LabelSetWriter(path, dataclasses.replace(source.layout, identity=other))
     assert field in str(caught.value)
     assert len(caught.value.details["fields"]) == 1
     assert content(path) == before
 
 
-def test_another_number_of_examples_or_shard_size_is_refused(source: Reference, path: Path) -> None:
+def test_fewer_examples_or_another_shard_size_are_refused(source: Reference, path: Path) -> None:
     build(path, source, [0])
+    examples = source.layout.examples
     with pytest.raises(DatasetChanged, match="shrank"):
-        LabelSetWriter(path, source.identity, source.layout.examples - 1)
-    with pytest.raises(DatasetChanged, match="grew"):
-        LabelSetWriter(path, source.identity, source.layout.examples + 1)
+        LabelSetWriter(path, Layout.pointwise(source.identity, examples - 1, 4096))
     with pytest.raises(IdentityChanged, match="rows_per_shard was 4096 and is now 8192"):
-        LabelSetWriter(path, source.identity, source.layout.examples, rows_per_shard=8192)
-    with LabelSetWriter(path, source.identity, source.layout.examples) as writer:
-        assert writer.layout.rows_per_shard == 4096
+        LabelSetWriter(path, Layout.pointwise(source.identity, examples, 8192))
+    # More examples are an append, which begins when what was begun is sealed.
+    with LabelSetWriter(path, Layout.pointwise(source.identity, examples + 1, 4096)) as writer:
+        assert writer.layout == source.layout
+        with pytest.raises(InvalidRequest, match="label what is missing first"):
+            writer.grow(source.layout.grown(1))
 
 
-@pytest.mark.parametrize("rows", [0, -4096, 1, 5000])
-def test_a_shard_size_that_is_no_multiple_of_a_page_is_refused(source: Reference, path: Path, rows: int) -> None:
-    with pytest.raises(InvalidRequest, match=r"multiple of 4,096: try \d"):
-        LabelSetWriter(path, source.identity, source.layout.examples, rows_per_shard=rows)
-    assert not path.exists()
+@pytest.mark.parametrize("rows", [0, -4096, 1, 5000, 2**31 + 4096])
+def test_a_shard_size_that_is_no_multiple_of_a_page_is_refused(source: Reference, rows: int) -> None:
+    with pytest.raises(InvalidRequest, match=r"multiple of 4,096 up to 2,147,483,648: try \d"):
+        Layout.pointwise(source.identity, source.layout.examples, rows)
 
 
-def test_more_shards_than_a_reader_can_map_are_refused(source: Reference, path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"makes 8,001 shards .* use 16,384, the default"):
-        LabelSetWriter(path, source.identity, 8000 * 4096 + 1, rows_per_shard=4096)
-    assert not path.exists()
+def test_more_shards_than_a_reader_can_map_are_refused(source: Reference) -> None:
+    with pytest.raises(InvalidRequest, match=r"make 6,001, more than .* \(16,384 is the default\)"):
+        Layout.pointwise(source.identity, 6000 * 4096 + 1, 4096)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "A", "-x", "x" * 65, "a b", ".hidden", "naïve"])
@@ -285,6 +286,6 @@ def test_default_shards_are_few_enough_to_map() -> None:
 
 
 def test_a_layout_of_one_example_has_one_shard_of_whole_pages(source: Reference) -> None:
-    layout = Layout(source.identity, 1, 4096)
+    layout = Layout.pointwise(source.identity, 1, 4096)
     assert (layout.shards, layout.span(0)) == (1, range(1))
     assert all(layout.chunk_bytes(array) % 4096 == 0 for array in layout.arrays.values())

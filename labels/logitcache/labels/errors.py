@@ -10,8 +10,9 @@
     │   └── RowsMissing              some ids are unknown, or not labelled yet
     ├── InvalidRequest           an argument cannot be right: fix the call
     │   ├── InvalidName              not a legal label set name
-    │   ├── InvalidIds               empty, of another type, or beyond 64 bits
+    │   ├── InvalidIds               empty, of two kinds or another than the label set's, or beyond bounds
     │   ├── UnknownView              the label set has fewer views
+    │   ├── RangeOutside             some examples have fewer rows than were asked for
     │   ├── UndeclaredTemperature    no tail was stored for that temperature
     │   ├── TooManyRows              above the limit of one request: split it
     │   ├── ShapeMismatch            two arrays disagree about rows, k or classes
@@ -46,6 +47,9 @@ that it travels under, ``retry`` says whether the same call can succeed later wi
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
+
+Id = int | str
+"""An example's id."""
 
 SHOWN = 3
 """How many offending ids, names or fields a message spells out; ``details`` holds them all."""
@@ -130,17 +134,17 @@ class RowsMissing(NotFound):
     code = "rows-missing"
 
     @property
-    def unknown(self) -> list[int]:
+    def unknown(self) -> list[Id]:
         """Ids that the label set does not contain, in the order asked for."""
         return list(self.details.get("unknown", []))
 
     @property
-    def unlabelled(self) -> list[int]:
+    def unlabelled(self) -> list[Id]:
         """Ids of the label set whose shard is not committed, or was withdrawn as damaged."""
         return list(self.details.get("unlabelled", []))
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> list[Id]:
         """All ids without labels: the unknown ones, then the unlabelled ones."""
         return self.unknown + self.unlabelled
 
@@ -158,7 +162,7 @@ class InvalidName(InvalidRequest):
 
 
 class InvalidIds(InvalidRequest):
-    """Ids are empty, of another type than the label set's, or beyond 64 bits."""
+    """Ids are empty, of two kinds, of another kind than the label set's, or beyond 64 bits or 4,096 bytes."""
 
     code = "invalid-ids"
 
@@ -167,6 +171,17 @@ class UnknownView(InvalidRequest):
     """The label set has fewer views than asked for."""
 
     code = "unknown-view"
+
+
+class RangeOutside(InvalidRequest):
+    """A range of rows reaches beyond its example; ``ids`` names the examples."""
+
+    code = "range-outside"
+
+    @property
+    def ids(self) -> list[Id]:
+        """Ids of the examples that have fewer rows."""
+        return list(self.details.get("ids", []))
 
 
 class UndeclaredTemperature(InvalidRequest):
@@ -217,7 +232,7 @@ class LabelMismatch(WrongLabels):
     code = "label-mismatch"
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> list[Id]:
         """Ids of the examples whose fingerprints differ."""
         return list(self.details.get("ids", []))
 

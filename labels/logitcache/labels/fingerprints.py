@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import UInt64
+from jaxtyping import UInt32, UInt64
 
 
 def fingerprint(input: Any) -> int:
@@ -34,6 +34,11 @@ def fingerprint(input: Any) -> int:
     state = xxhash.xxh3_64(f"{dtype or array.dtype.name}:{shape}:".encode())
     state.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
     return int(state.intdigest())
+
+
+def token_fingerprint(tokens: UInt32[np.ndarray, " length"]) -> int:
+    """Fingerprint of a token sequence, padding cut off: that of its ids as uint32, in whatever dtype they were held."""
+    return fingerprint(np.ascontiguousarray(tokens, np.uint32))
 
 
 def fingerprints(inputs: Iterable[Any]) -> UInt64[np.ndarray, " examples"]:

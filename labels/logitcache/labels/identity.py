@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from logitcache.labels.errors import InvalidName, InvalidRequest
+from logitcache.labels.ids import IdKind
 
 FORMAT_VERSION = 1
 """Version of the bytes on disk. A reader refuses a newer one."""
@@ -24,6 +25,19 @@ MAX_CLASSES = 2**31 - 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Dtype = Literal["float16", "float32"]
+
+Alignment = Literal["pointwise", "causal"]
+"""``"pointwise"``: an example has one row. ``"causal"``: an example of L tokens has L rows, and row i is the teacher's
+distribution after tokens 0 to i, that is, of token i + 1."""
+
+
+_WORDS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float16", "float32"),
+    "alignment": ("pointwise", "causal"),
+    "targets": (False, True),
+    "ids": ("ordinal", "integer", "text"),
+    "selection": ("top-k",),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,8 @@ class Identity:
     """Everything that a label set's rows depend on besides the data. Two runs that differ in it never share a label
     set.
 
-    ``temperatures`` are sorted, distinct and contain 1. ``dtype`` is that of the stored logits.
+    ``temperatures`` are sorted, distinct and contain 1. ``dtype`` is that of the stored logits. ``targets`` says
+    whether the dataset's targets and their logits are stored, ``ids`` what its ids are.
     """
 
     teacher: TeacherId
@@ -48,7 +63,9 @@ class Identity:
     classes: int
     temperatures: tuple[float, ...]
     dtype: Dtype
-    alignment: Literal["pointwise"] = "pointwise"
+    alignment: Alignment = "pointwise"
+    targets: bool = False
+    ids: IdKind = "ordinal"
     selection: Literal["top-k"] = "top-k"
     views: int = 1
     seed: int = 0
@@ -77,10 +94,9 @@ class Identity:
             raise ValueError(f"one of {', '.join(numbers)} is not a whole number")
         if not 1 <= value["k"] <= value["classes"] <= MAX_CLASSES or value["views"] != 1:
             raise ValueError(f"k={value['k']}, classes={value['classes']}, views={value['views']} are out of bounds")
-        if value["dtype"] not in ("float16", "float32") or value["alignment"] != "pointwise":
-            raise ValueError(f"dtype={value['dtype']!r} or alignment={value['alignment']!r} is unknown")
-        if value["selection"] != "top-k":
-            raise ValueError(f"selection={value['selection']!r} is unknown")
+        for name, known in _WORDS.items():
+            if value[name] not in known or type(value[name]) is not type(known[0]):
+                raise ValueError(f"{name}={value[name]!r} is unknown")
         try:
             canonical = list(declared(temperatures)) if isinstance(temperatures, list) else None
         except InvalidRequest as error:

@@ -7,11 +7,18 @@ behaviour.
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from logitcache.labels.errors import MalformedMessage
+import numpy as np
+from jaxtyping import UInt8
+
+from logitcache.labels.errors import MalformedMessage, TooManyRows
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import RowSpec, SoftLabels
 
 OnMissing = Literal["error", "mask"]
+
+LABELLED, UNLABELLED, UNKNOWN = 0, 1, 2
+"""What `LabelSet.states` says of an id. While shards are missing, ids that are no ordinals and not found may be among
+those that are still to be labelled: they are `UNLABELLED`."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,29 @@ class Limits:
     ids: int = 65_536
     response_bytes: int = 256 << 20
 
-    def rows_a_fetch(self, row_bytes: int) -> int:
-        """Rows that one fetch may ask for, when a row takes so many bytes."""
-        return max(1, min(self.ids, self.response_bytes // row_bytes))
+    def examples_a_fetch(self, spec: RowSpec) -> int:
+        """Examples that one fetch may ask for; where examples have many rows, their bytes may allow fewer."""
+        return max(1, min(self.ids, self.response_bytes // (spec.row_bytes + spec.example_bytes)))
+
+    def check(self, spec: RowSpec, examples: int, rows: int) -> None:
+        """Refuse a fetch of so many examples and rows if it is above these limits.
+
+        Raises:
+            TooManyRows: it is.
+        """
+        if examples > self.ids:
+            raise TooManyRows(
+                f"{examples:,} ids in one fetch, {self.ids:,} are allowed: split it", ids=examples, limit=self.ids
+            )
+        size = rows * spec.row_bytes + examples * spec.example_bytes
+        # One row of one example is always given.
+        if size > self.response_bytes and rows > 1:
+            raise TooManyRows(
+                f"{rows:,} rows of {examples:,} examples take {size:,} bytes in one answer, "
+                f"{self.response_bytes:,} are allowed: split the ids, or ask for fewer rows of each",
+                rows=rows,
+                limit_bytes=self.response_bytes,
+            )
 
 
 @dataclass(frozen=True)
@@ -37,19 +64,30 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class Sealed:
+    """A generation: a complete state of a label set, which stays readable by its digest when the label set grows."""
+
+    number: int
+    examples: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Description:
     """A label set as its readers describe it.
 
-    ``digest`` and ``generation`` are None until it is complete. ``retained_mass`` gives, for each declared
-    temperature, the mean and the smallest probability that the stored k hold, over the rows labelled so far.
+    ``examples`` are those that it has when all are labelled, ``labelled`` those whose shards are committed, with
+    ``rows`` rows. ``generations`` are its complete states, the oldest first; while it is built for the first time there
+    is none. ``retained_mass`` gives, for each declared temperature, the mean and the smallest probability that the
+    stored k hold, over the rows labelled so far.
     """
 
     name: str
     identity: Identity
     examples: int
     labelled: int
-    digest: str | None
-    generation: int | None
+    rows: int
+    generations: tuple[Sealed, ...]
     shards: Shards
     label_bytes: int
     limits: Limits = field(default_factory=Limits)
@@ -58,12 +96,25 @@ class Description:
     @property
     def row_spec(self) -> RowSpec:
         """What one row consists of."""
-        identity = self.identity
-        return RowSpec(identity.k, identity.index_dtype, identity.dtype, identity.temperatures)
+        return row_spec(self.identity)
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the newest generation: what is served unless another is asked for; None before there is one."""
+        return self.generations[-1].digest if self.generations else None
+
+    @property
+    def generation(self) -> int | None:
+        """Number of the newest generation, or None."""
+        return self.generations[-1].number if self.generations else None
 
     def to_json(self) -> dict[str, Any]:
-        """The description as JSON values."""
-        return asdict(self) | {"identity": self.identity.to_json()}
+        """The description as JSON values; ``digest`` and ``generation`` stand there for people."""
+        return asdict(self) | {
+            "identity": self.identity.to_json(),
+            "digest": self.digest,
+            "generation": self.generation,
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> "Description":
@@ -78,8 +129,11 @@ class Description:
                 identity=Identity.from_json(value["identity"]),
                 examples=_count(value["examples"]),
                 labelled=_count(value["labelled"]),
-                digest=None if value["digest"] is None else _text(value["digest"]),
-                generation=None if value["generation"] is None else _count(value["generation"]),
+                rows=_count(value["rows"]),
+                generations=tuple(
+                    Sealed(_count(entry["number"]), _count(entry["examples"]), _text(entry["digest"]))
+                    for entry in value["generations"]
+                ),
                 shards=Shards(**{name: _count(value["shards"][name]) for name in _names_of(Shards)}),
                 label_bytes=_count(value["label_bytes"]),
                 limits=Limits(**{name: _count(value["limits"][name], least=1) for name in _names_of(Limits)}),
@@ -108,6 +162,12 @@ def _count(value: Any, least: int = 0) -> int:
     return value
 
 
+def row_spec(identity: Identity) -> RowSpec:
+    """What one row of a label set of this identity consists of."""
+    ragged = identity.alignment == "causal"
+    return RowSpec(identity.k, identity.index_dtype, identity.dtype, identity.temperatures, ragged, identity.targets)
+
+
 @runtime_checkable
 class LabelSet(Protocol):
     """A reader of one label set. Safe to use from several threads."""
@@ -116,22 +176,26 @@ class LabelSet(Protocol):
         """What the label set is and how far it is, as of now."""
 
     def fetch(
-        self, ids: Any, *, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> SoftLabels:
         """Soft labels of these examples: order and duplicates preserved.
 
         Args:
-            ids: whole numbers, see `logitcache.labels.ids.as_ids`.
+            ids: whole numbers or texts, see `logitcache.labels.ids.as_ids`.
+            rows: which rows of each example, see `logitcache.labels.ranges.as_ranges`; None means all.
             view: which augmentation; this version has one, 0.
-            digest: the content expected; None takes what is there.
+            digest: the generation to read; None takes the newest, or what is labelled so far.
             on_missing: ``"error"``, or ``"mask"`` for a ``present`` mask.
 
         Raises:
-            InvalidIds, UnknownView, TooManyRows: the call cannot be right.
+            InvalidIds, UnknownView, RangeOutside, TooManyRows: the call cannot be right.
             RowsMissing: some ids have no labels, and ``on_missing`` is ``"error"``.
-            DigestChanged: another digest is there.
+            DigestChanged: no such generation is there, or some of its rows were repaired with other bytes.
             Unavailable: a server could not be reached or is overloaded.
         """
+
+    def states(self, ids: Any, *, digest: str | None = None) -> UInt8[np.ndarray, " ids"]:
+        """For each id `LABELLED`, `UNLABELLED` or `UNKNOWN`; arguments and errors as in `fetch`."""
 
     def close(self) -> None:
         """Give back connections and mappings; arrays that were fetched stay valid."""

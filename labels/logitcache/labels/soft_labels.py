@@ -7,74 +7,135 @@ from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, UInt, UInt64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64, Integer, UInt, UInt32, UInt64
 
 from logitcache.labels.errors import InvalidRequest, ShapeMismatch, UndeclaredTemperature
 
 Shape = tuple[int, ...]
 
+ARRAYS = (
+    "indices",
+    "logits",
+    "logit_max",
+    "tail_logsumexp",
+    "fingerprint",
+    "present",
+    "row_splits",
+    "tokens",
+    "target",
+    "target_logit",
+)
+"""Names of the arrays that soft labels can have."""
+
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What one row consists of: enough to allocate, send and check any number of rows."""
+    """What the rows of a label set consist of: enough to allocate, send and check any number of them.
+
+    ``ragged`` rows are those of a causal label set: an example has a row a token, and each row has its token.
+    """
 
     k: int
     index_dtype: str
     dtype: str
     temperatures: tuple[float, ...]
+    ragged: bool = False
+    targets: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the float32 columns that are stored together as ``scalars``."""
-        return ("logit_max", *(f"tail_logsumexp@{temperature_name(value)}" for value in self.temperatures))
+        tails = (f"tail_logsumexp@{temperature_name(value)}" for value in self.temperatures)
+        return ("logit_max", *tails, *(("target_logit",) if self.targets else ()))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, its fingerprint included, on disk and on the wire."""
+        """Bytes of one row on disk and on the wire; what belongs to its example not included."""
         head = self.k * (np.dtype(self.index_dtype).itemsize + np.dtype(self.dtype).itemsize)
-        return head + 4 * len(self.columns) + 8
+        return head + 4 * (len(self.columns) + self.ragged + self.targets)
 
-    def fields(self, rows: int, *, present: bool = False) -> dict[str, tuple[str, Shape]]:
-        """Name, dtype and shape of each array of ``rows`` rows, widest elements first so that all stay aligned."""
+    @property
+    def example_bytes(self) -> int:
+        """Bytes on the wire of what an example has once: its fingerprint, and where its rows end."""
+        return 16 if self.ragged else 8
+
+    def fields(self, rows: int, examples: int, *, present: bool = False) -> dict[str, tuple[str, Shape]]:
+        """Name, dtype and shape of each array of ``rows`` rows of ``examples`` examples, widest elements first so that
+        all stay aligned.
+        """
         fields: dict[str, tuple[str, Shape]] = {
-            "fingerprint": ("uint64", (rows,)),
+            "fingerprint": ("uint64", (examples,)),
             "logit_max": ("float32", (rows,)),
             "tail_logsumexp": ("float32", (rows, len(self.temperatures))),
             "indices": (self.index_dtype, (rows, self.k)),
             "logits": (self.dtype, (rows, self.k)),
         }
+        if self.ragged:
+            fields |= {"row_splits": ("int64", (examples + 1,)), "tokens": ("uint32", (rows,))}
+        if self.targets:
+            fields |= {"target": ("int32", (rows,)), "target_logit": ("float32", (rows,))}
         if present:
-            fields["present"] = ("bool", (rows,))
+            fields["present"] = ("bool", (examples,))
         return dict(sorted(fields.items(), key=lambda field: -np.dtype(field[1][0]).itemsize))
 
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """Rows of a label set in the order asked for: one row an example.
+    """Rows of a label set, the examples in the order asked for.
+
+    In a pointwise label set an example has one row. In a causal one the rows of example i are those from
+    ``row_splits[i]`` to ``row_splits[i + 1]``, one a token.
 
     Attributes:
         indices: (rows, k) stored classes, by falling logit.
         logits: (rows, k) centred logits: minus the row's maximum, so the first is 0.
         logit_max: (rows,) what was subtracted; ``logits + logit_max[:, None]`` are the teacher's own.
         tail_logsumexp: (rows, T) log-sum-exp of centred logits / temperature over the classes that are not stored.
-        fingerprint: (rows,) hash of what the teacher was shown.
+        fingerprint: (examples,) hash of what the teacher was shown.
         temperatures: the T declared temperatures, in the order of the columns of ``tail_logsumexp``.
         digest: the content these rows belong to, or None while the label set is being built.
-        present: (rows,) with ``on_missing="mask"``: False where there is no label. Such rows hold NaN logits, so that a
-            loss that forgets the mask is NaN and not wrong.
+        present: (examples,) with ``on_missing="mask"``: False where there is no label. In a pointwise label set such a
+            row holds NaN logits, so that a loss that forgets the mask is NaN and not wrong; in a causal one the
+            example has no rows.
+        row_splits: (examples + 1,) int64, causal only: where the rows of each example begin and end.
+        tokens: (rows,) uint32, causal only: the token that the teacher had read last when it gave this row.
+        target: (rows,) int32, where the dataset gave targets: the class, -1 for none. Of a causal row, the class of
+            the token that comes next.
+        target_logit: (rows,) float32, the teacher's centred logit of the target, stored among the k or not; NaN for
+            none.
     """
 
     indices: UInt[np.ndarray, "rows k"]
     logits: Float[np.ndarray, "rows k"]
     logit_max: Float32[np.ndarray, " rows"]
     tail_logsumexp: Float32[np.ndarray, "rows temperatures"]
-    fingerprint: UInt64[np.ndarray, " rows"]
+    fingerprint: UInt64[np.ndarray, " examples"]
     temperatures: tuple[float, ...]
     digest: str | None = None
-    present: Bool[np.ndarray, " rows"] | None = None
+    present: Bool[np.ndarray, " examples"] | None = None
+    row_splits: Int64[np.ndarray, " splits"] | None = None
+    tokens: UInt32[np.ndarray, " rows"] | None = None
+    target: Int32[np.ndarray, " rows"] | None = None
+    target_logit: Float32[np.ndarray, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def examples(self) -> int:
+        """How many examples these rows are of."""
+        return len(self.fingerprint)
+
+    def rows_of(self, position: int) -> slice:
+        """Where the rows of the example at this position are."""
+        if self.row_splits is None:
+            return slice(position, position + 1)
+        return slice(int(self.row_splits[position]), int(self.row_splits[position + 1]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by field name."""
+        named = {name: getattr(self, name) for name in ARRAYS}
+        return {name: array for name, array in named.items() if array is not None}
 
     def log_normalizer(self, temperature: float = 1.0) -> Float64[np.ndarray, " rows"]:
         """log of the sum of exp(centred logit / temperature) over all classes, stored or not.
@@ -151,15 +212,17 @@ def concatenate(parts: list[SoftLabels]) -> SoftLabels:
         return first
     if any((part.temperatures, part.digest) != (first.temperatures, first.digest) for part in parts):
         raise ShapeMismatch("parts of different label sets cannot be put together")
+    held = [part.arrays() for part in parts]
+    if any(set(arrays) != set(held[0]) for arrays in held):
+        raise ShapeMismatch("parts with other fields cannot be put together")
+    joined = {name: np.concatenate([arrays[name] for arrays in held]) for name in held[0] if name != "row_splits"}
+    if first.row_splits is not None:
+        joined["row_splits"] = splits_of(np.concatenate([np.diff(arrays["row_splits"]) for arrays in held]))
+    return SoftLabels(**joined, temperatures=first.temperatures, digest=first.digest)
 
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
 
-    names = ("indices", "logits", "logit_max", "tail_logsumexp", "fingerprint")
-    present = None if first.present is None else joined("present")
-    return SoftLabels(
-        **{name: joined(name) for name in names},
-        temperatures=first.temperatures,
-        digest=first.digest,
-        present=present,
-    )
+def splits_of(row_counts: Integer[np.ndarray, " examples"]) -> Int64[np.ndarray, " splits"]:
+    """``row_splits`` of examples with so many rows each: 0, and then the running sum."""
+    splits = np.zeros(len(row_counts) + 1, np.int64)
+    np.cumsum(row_counts, out=splits[1:])
+    return splits

@@ -1,11 +1,9 @@
 """Arrays as one safetensors body, built in place and read in place.
 
 Layout (the safetensors format): u64 little-endian header length, JSON header padded with spaces, then the arrays'
-bytes one
-after the other without gaps. Here the header is padded to 8 bytes and wider elements come first, so every array is
-aligned.
-A body is allocated once, arrays are gathered straight into views of it, and it is sent as it is. Nothing is ever
-unpickled; a header is checked against the body's size before any view is made.
+bytes one after the other without gaps. Here the header is padded to 8 bytes and wider elements come first, so every
+array is aligned. A body is allocated once, arrays are gathered straight into views of it, and it is sent as it is.
+Nothing is ever unpickled; a header is checked against the body's size before any view is made.
 """
 
 import json
@@ -15,9 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
 from logitcache.labels.errors import MalformedMessage
+from logitcache.labels.ids import Ids
+from logitcache.labels.ranges import Ranges
 from logitcache.labels.soft_labels import RowSpec, Shape, SoftLabels
 
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -138,9 +138,14 @@ def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None 
     return body.tobytes()
 
 
-def encode_ids(ids: Int64[np.ndarray, " examples"], **options: Any) -> bytes:
-    """Body of a fetch request: the ids, and ``view``, ``digest`` and ``on_missing`` as metadata (None is left out)."""
-    return encode({"ids": ids}, {name: str(value) for name, value in options.items() if value is not None})
+def encode_ids(ids: Ids, rows: Ranges | None = None, **options: Any) -> bytes:
+    """Body of a request about examples: their ids, ranges of their rows unless None, and options as metadata (None is
+    left out).
+
+    Whole numbers travel as int64, texts as their keys: a client hashes them once, and a server never.
+    """
+    arrays = {"ids": ids.keys} if rows is None else {"ids": ids.keys, "rows": rows}
+    return encode(arrays, {name: str(value) for name, value in options.items() if value is not None})
 
 
 def row_metadata(temperatures: tuple[float, ...], digest: str | None) -> dict[str, str]:
@@ -157,14 +162,18 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
     arrays, metadata = parse(body)
     try:
         temperatures = tuple(float(value) for value in json.loads(metadata["temperatures"]))
-        rows, k = arrays["indices"].shape
-        spec = RowSpec(k, arrays["indices"].dtype.name, arrays["logits"].dtype.name, temperatures)
+        (rows, k), examples = arrays["indices"].shape, len(arrays["fingerprint"])
+        index_dtype, dtype = arrays["indices"].dtype.name, arrays["logits"].dtype.name
+        spec = RowSpec(k, index_dtype, dtype, temperatures, "row_splits" in arrays, "target" in arrays)
         found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-        expected = spec.fields(rows, present="present" in arrays)
+        expected = spec.fields(rows, examples, present="present" in arrays)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MalformedMessage(f"the body does not hold soft labels: {error}") from None
     if spec.index_dtype not in ("uint16", "uint32") or spec.dtype not in ("float16", "float32") or found != expected:
         raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")
     if "present" in arrays and arrays["present"].view(np.uint8).max(initial=0) > 1:
         raise MalformedMessage("the body does not hold soft labels: present holds bytes that are neither 0 nor 1")
+    splits = arrays.get("row_splits", np.arange(rows + 1))
+    if len(splits) != examples + 1 or splits[0] != 0 or splits[-1] != rows or bool((np.diff(splits) < 0).any()):
+        raise MalformedMessage(f"the body does not hold soft labels: its row_splits do not split {rows:,} rows")
     return SoftLabels(**arrays, temperatures=temperatures, digest=metadata.get("digest") or None)

@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from logitcache.labels.errors import ShardDamaged, StorageFault
+from logitcache.labels.identity import sha256_hex
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Array, Layout, Places
+from logitcache.storage.layout import Layout
+from logitcache.storage.places import Places
 from logitcache.storage.records import Commit
 
 Stamp = tuple[int, int, int]
@@ -30,7 +34,7 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A committed shard's chunk files, open and of the right size; ``handles`` by array name."""
+    """A committed shard's files, open and of the right size; ``handles`` by the names of its parts."""
 
     shard: int
     handles: dict[str, int]
@@ -39,7 +43,7 @@ class OpenShard:
 
 @contextlib.contextmanager
 def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard]:
-    """Open a committed shard's chunk files.
+    """Open a committed shard's files.
 
     Raises:
         ShardDamaged: one is missing, or of another size than its commit says.
@@ -47,13 +51,13 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
     handles: dict[str, int] = {}
     stamps: list[Stamp] = []
     try:
-        for name, array in layout.arrays.items():
-            handles[name] = _open(places, array, commit.shard)
+        for name, part in commit.parts.items():
+            path = places.part(layout, name, commit.shard)
+            handles[name] = _open(path, name, commit.shard)
             status = os.fstat(handles[name])
-            if status.st_size != layout.chunk_bytes(array):
+            if status.st_size != part.bytes:
                 raise ShardDamaged(
-                    f"shard {commit.shard}: {name}/{array.chunk_key(commit.shard)} has {status.st_size:,} bytes, "
-                    f"not {layout.chunk_bytes(array):,}",
+                    f"shard {commit.shard}: {name}/{path.name} has {status.st_size:,} bytes, not {part.bytes:,}",
                     shard=commit.shard,
                 )
             stamps.append((status.st_ino, status.st_size, status.st_ctime_ns))
@@ -63,21 +67,47 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
             os.close(handle)
 
 
-def _open(places: Places, array: Array, shard: int) -> int:
-    path = places.chunk(array, shard)
+def _open(path: Path, name: str, shard: int) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         # Out of handles or memory is this process's trouble: the shard must not be condemned for it.
         if isinstance(error, FileNotFoundError) or path.is_symlink():
             raise ShardDamaged(
-                f"shard {shard}: {array.name}/{path.name} is missing ({error.strerror})", shard=shard
+                f"shard {shard}: {name}/{path.name} is missing ({error.strerror})", shard=shard
             ) from None
         raise StorageFault(f"{path}: {error.strerror}", path=str(path)) from error
 
 
+def read_part(places: Places, layout: Layout, commit: Commit, name: str) -> bytes:
+    """One of a committed shard's files as a whole, hashed.
+
+    Raises:
+        ShardDamaged: it is missing, or does not hash to what its commit says.
+        StorageFault: it cannot be read.
+    """
+    path, part = places.part(layout, name, commit.shard), commit.parts[name]
+    handle = _open(path, name, commit.shard)
+    try:
+        if os.fstat(handle).st_size != part.bytes:
+            raise ShardDamaged(f"shard {commit.shard}: {name}/{path.name} has another size", shard=commit.shard)
+        data = b"".join(_blocks(handle))
+    finally:
+        os.close(handle)
+    if sha256_hex(data) != part.sha256:
+        raise _other_bytes(commit, name, sha256_hex(data))
+    return data
+
+
+def stored_rows(places: Places, layout: Layout, commit: Commit, name: str) -> np.ndarray:
+    """One array of a committed shard, hashed, unused slots cut off; errors as in `read_part`."""
+    array = layout.arrays[name]
+    stored = np.frombuffer(read_part(places, layout, commit, name), array.dtype)
+    return stored.reshape(-1, *array.row_shape)[: layout.used(array, commit.shard)]
+
+
 def check_hashes(files: OpenShard, commit: Commit) -> None:
-    """Hash every chunk file of a shard, at disk speed.
+    """Hash every file of a shard, at disk speed.
 
     Raises:
         ShardDamaged: one does not hash to what its commit says.
@@ -85,23 +115,34 @@ def check_hashes(files: OpenShard, commit: Commit) -> None:
     """
     for name, handle in files.handles.items():
         found = _sha256(handle)
-        if found != commit.arrays[name]:
-            raise ShardDamaged(
-                f"shard {files.shard}: the bytes of {name} hash to {found[:12]}…, "
-                f"its commit says {commit.arrays[name][:12]}…",
-                shard=files.shard,
-            )
+        if found != commit.parts[name].sha256:
+            raise _other_bytes(commit, name, found)
+
+
+def _other_bytes(commit: Commit, name: str, found: str) -> ShardDamaged:
+    return ShardDamaged(
+        f"shard {commit.shard}: the bytes of {name} hash to {found[:12]}…, "
+        f"its commit says {commit.parts[name].sha256[:12]}…",
+        shard=commit.shard,
+    )
 
 
 def _sha256(handle: int) -> str:
-    state, offset = hashlib.sha256(), 0
+    state = hashlib.sha256()
+    for block in _blocks(handle):
+        state.update(block)
+    return state.hexdigest()
+
+
+def _blocks(handle: int) -> Iterator[bytes]:
+    """A file's bytes, read and not mapped: a file that is truncated meanwhile is an error, and not SIGBUS."""
+    offset = 0
     try:
         while block := os.pread(handle, _HASH_BLOCK_BYTES, offset):
-            state.update(block)
+            yield block
             offset += len(block)
     except OSError as error:
-        raise StorageFault(f"a chunk file cannot be read: {error.strerror}") from error
-    return state.hexdigest()
+        raise StorageFault(f"a file of a shard cannot be read: {error.strerror}") from error
 
 
 class Stamps:
@@ -150,10 +191,10 @@ def quarantine(places: Places, layout: Layout, shard: int, problem: str, files: 
     if places.commit(shard).exists():
         files.rename(places.commit(shard), folder / "commit.json")
         files.fsync(places.commits)
-    for array in layout.arrays.values():
-        path = places.chunk(array, shard)
+    for name in layout.parts:
+        path = places.part(layout, name, shard)
         if path.exists() or path.is_symlink():
-            files.rename(path, folder / f"{array.name}.{path.name}")
+            files.rename(path, folder / f"{name}.{path.name}")
     with contextlib.suppress(StorageFault):
         files.write(folder / "problem.txt", f"{problem}\n".encode())
     return folder

@@ -24,12 +24,17 @@ class Files:
         StorageFault: any other refusal of the operating system, named.
     """
 
-    def write(self, path: Path, data: Bytes) -> None:
-        """Create a file that must not exist yet, with this content."""
+    def write(self, path: Path, data: Bytes, size: int | None = None) -> None:
+        """Create a file that must not exist yet, with this content and then zeros up to ``size`` bytes.
+
+        The zeros are a hole: where the file system has those, they take no space.
+        """
         with explained(path), path.open("xb", buffering=0) as file:
             rest = memoryview(data).cast("B")
             while rest:
                 rest = rest[file.write(rest) :]
+            if size is not None and size > len(memoryview(data).cast("B")):
+                file.truncate(size)
 
     def fsync(self, path: Path) -> None:
         """Return when a file's content, or a folder's list of names, would survive a power cut."""

@@ -5,35 +5,38 @@ look whether a shard was withdrawn meanwhile. It imports neither the Zarr librar
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import UInt8
 
 from logitcache.labels import wire
 from logitcache.labels.errors import (
     DigestChanged,
-    InvalidName,
-    InvalidRequest,
     LabelSetNotFound,
     NotALabelSet,
     RowsMissing,
-    StorageFault,
+    ShardDamaged,
     StoreNotFound,
-    TooManyRows,
-    UnknownView,
     shown,
 )
-from logitcache.labels.identity import check_name
-from logitcache.labels.ids import as_ids
-from logitcache.labels.label_set import Description, Limits, OnMissing
+from logitcache.labels.ids import Ids
+from logitcache.labels.label_set import LABELLED, UNKNOWN, UNLABELLED, Description, Limits, OnMissing, Sealed
 from logitcache.labels.label_set import Shards as ShardCounts
-from logitcache.labels.soft_labels import Shape, SoftLabels
-from logitcache.storage.layout import Places
-from logitcache.storage.manifest import read_layout
-from logitcache.storage.shards import ShardReport, Shards, State, Verify
+from logitcache.labels.missing import rows_missing
+from logitcache.labels.ranges import check_ranges
+from logitcache.labels.soft_labels import Shape, SoftLabels, splits_of
+from logitcache.storage.asked import Asked, asked_for
+from logitcache.storage.gather import gather_rows, mark_missing, runs
+from logitcache.storage.layout import TEXTS, Layout
+from logitcache.storage.places import Places
+from logitcache.storage.records import Generation
+from logitcache.storage.shards import ShardReport, Shards, Verify
+from logitcache.storage.state import State
 from logitcache.storage.statistics import RetainedMass, read_retained, summed
+from logitcache.storage.store import is_folder, names_in
 
 ADMISSIONS = 3
 """Tries to have shards admitted that another process withdraws and repairs at the same moment."""
@@ -66,51 +69,75 @@ class LocalLabelSet:
     ) -> None:
         self.path = Path(path).absolute()
         self.name = self.path.name
-        if not _is_folder(self.path.parent):
+        if not is_folder(self.path.parent):
             raise StoreNotFound(f"there is no store {self.path.parent}: no such folder")
         if not self.path.is_dir():
             raise LabelSetNotFound(
-                f"there is no label set {self.name!r} in {self.path.parent}", available=_names(self.path.parent)
+                f"there is no label set {self.name!r} in {self.path.parent}", available=names_in(self.path.parent)
             )
-        if not (self.path / "zarr.json").exists() and (inside := _names(self.path)):
+        if not (self.path / "zarr.json").exists() and (inside := names_in(self.path)):
             raise NotALabelSet(f"{self.path} is a store and not a label set: name one in it ({shown(inside)})")
-        self.layout = read_layout(self.path)
         self._limits = limits or Limits()
-        self._spec = self.layout.row_spec
-        self._shards = Shards(Places(self.path), self.layout, verify, scrub_s)
+        self._shards = Shards(Places(self.path), verify, scrub_s)
+        self._identity, self._spec = self.layout.identity, self.layout.row_spec
         self._retained: dict[str, RetainedMass] = {}
+
+    @property
+    def layout(self) -> Layout:
+        """The label set's shape as it was when the folder was last looked at; it grows."""
+        return self._shards.state.layout
+
+    @property
+    def is_replaced(self) -> bool:
+        """Another label set stands in the folder now, or none: this one must be opened anew."""
+        self._shards.refresh()
+        return self._shards.state.replaced
 
     def describe(self) -> Description:
         """What the label set is and how far it is, as of now."""
         state = self._current()
-        labelled = sum(len(self.layout.span(shard)) for shard in state.commits)
+        layout = state.layout
+        labelled = sum(layout.shard_examples[shard] for shard in state.commits)
+        rows = sum(layout.shard_rows[shard] for shard in state.commits)
+        texts = sum(commit.parts[TEXTS].bytes for commit in state.commits.values() if TEXTS in commit.parts)
         return Description(
             name=self.name,
-            identity=self.layout.identity,
-            examples=self.layout.examples,
+            identity=self._identity,
+            examples=layout.examples,
             labelled=labelled,
-            digest=state.generation.digest if state.generation else None,
-            generation=state.generation.number if state.generation else None,
+            rows=rows,
+            generations=tuple(Sealed(each.number, each.examples, each.digest) for each in state.generations),
             shards=ShardCounts(
-                total=self.layout.shards,
+                total=layout.shards,
                 committed=len(state.commits),
                 verified=self._shards.verified(),
                 damaged=len(self._shards.damaged()),
             ),
-            label_bytes=len(state.commits) * self.layout.shard_bytes,
+            label_bytes=layout.used_bytes(labelled, rows) + texts,
             limits=self._limits,
             retained_mass=self._retained_mass(state),
         )
 
     def fetch(
-        self, ids: Any, *, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self,
+        ids: Any,
+        *,
+        rows: Any = None,
+        view: int = 0,
+        digest: str | None = None,
+        on_missing: OnMissing = "error",
+        limits: Limits | None = None,
     ) -> SoftLabels:
-        """Soft labels of these examples; see `labels.label_set.LabelSet.fetch`."""
-        arrays, found = self._fetch(ids, view, digest, on_missing, _empty)
+        """Soft labels of these examples; see `labels.label_set.LabelSet.fetch`.
+
+        ``limits`` hold for this fetch beside the label set's own, for who can take less than those allow.
+        """
+        asked = self._asked(ids, rows, view, digest, on_missing, limits)
+        arrays, found = self._fetch(asked, _empty)
         return SoftLabels(**arrays, temperatures=self._spec.temperatures, digest=found)
 
     def fetch_body(
-        self, ids: Any, *, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> tuple[UInt8[np.ndarray, " bytes"], str | None]:
         """The same as one safetensors body, gathered straight into it, and the digest; `wire.decode_rows` reads it."""
         body: list[np.ndarray] = []
@@ -120,102 +147,151 @@ class LocalLabelSet:
             body[:] = [buffer]
             return views
 
-        _, served = self._fetch(ids, view, digest, on_missing, allocate)
+        _, served = self._fetch(self._asked(ids, rows, view, digest, on_missing), allocate)
         return body[0], served
 
+    def states(self, ids: Any, *, digest: str | None = None) -> UInt8[np.ndarray, " ids"]:
+        """For each id `LABELLED`, `UNLABELLED` or `UNKNOWN`; see `labels.label_set.LabelSet.states`."""
+        asked = self._asked(ids, None, 0, digest, "mask")
+        place = self._place(asked, self._current())
+        committed = np.zeros(place.state.layout.shards, bool)
+        committed[[*place.state.commits]] = True
+        labelled = place.inside & committed[place.shards]
+        states: np.ndarray = np.where(labelled, LABELLED, np.where(place.known, UNLABELLED, UNKNOWN)).astype(np.uint8)
+        return states
+
+    def _asked(
+        self, ids: Any, rows: Any, view: int, digest: str | None, on_missing: str, limits: Limits | None = None
+    ) -> Asked:
+        allowed = (self._limits,) if limits is None else (self._limits, limits)
+        return asked_for(self.name, self._identity, allowed, ids, rows, view, digest, on_missing)
+
     def _fetch(
-        self,
-        ids: Any,
-        view: int,
-        digest: str | None,
-        on_missing: OnMissing,
-        allocate: Callable[[Fields, str | None], dict[str, np.ndarray]],
+        self, asked: Asked, allocate: Callable[[Fields, str | None], dict[str, np.ndarray]]
     ) -> tuple[dict[str, np.ndarray], str | None]:
-        wanted = as_ids(ids)
-        self._check(wanted, view, on_missing)
-        known = (wanted >= 0) & (wanted < self.layout.examples)
-        rows = np.where(known, wanted, 0)
-        shards = rows // self.layout.rows_per_shard
         while True:
-            state = self._served(shards[known], digest)
-            served = known if state.all_served else known & (state.version[shards] > 0)
-            if on_missing == "error" and not served.all():
-                raise self._missing(wanted, known, served)
-            found = state.generation.digest if state.generation else None
-            arrays = allocate(self._spec.fields(len(rows), present=on_missing == "mask"), found)
-            self._gather(rows, view, arrays)
-            if on_missing == "mask":
-                _mark(arrays, served)
+            place = self._place(asked, self._admitted(asked))
+            state, served = place.state, place.served
+            if not asked.masked and not served.all():
+                raise self._missing(asked.ids, place)
+            found = place.digest
+            if self._spec.ragged:
+                arrays = self._gather_ragged(asked, place, allocate)
+            else:
+                arrays = allocate(self._spec.fields(len(served), len(served), present=asked.masked), found)
+                gather_rows(self._shards.rows, self._spec, place.slots, arrays)
+            np.take(self._shards.rows["fingerprint"][:, asked.view], place.slots, 0, arrays["fingerprint"], mode="clip")
+            if asked.masked:
+                mark_missing(arrays, served)
             # Whatever was withdrawn or replaced while rows were copied is asked for again.
-            now = self._shards.state
-            if now is state or np.array_equal(now.version[shards[served]], state.version[shards[served]]):
+            now, shards = self._shards.state, place.shards[served]
+            if now is state or np.array_equal(now.version[shards], state.version[shards]):
                 return arrays, found
 
-    def _check(self, ids: Int64[np.ndarray, " examples"], view: int, on_missing: str) -> None:
-        most = self._limits.rows_a_fetch(self._spec.row_bytes)
-        if len(ids) > most:
-            raise TooManyRows(
-                f"{len(ids):,} ids in one fetch, {most:,} are allowed: split it", ids=len(ids), limit=most
-            )
-        if isinstance(view, bool) or not isinstance(view, int) or not 0 <= view < self.layout.identity.views:
-            raise UnknownView(f"view {view!r} of {self.name!r} does not exist: it has one view, 0")
-        if on_missing not in ("error", "mask"):
-            raise InvalidRequest(f"on_missing is {on_missing!r}; it can be 'error' or 'mask'")
+    def _place(self, asked: Asked, state: State) -> "_Place":
+        """Where the examples asked for are, and which of them can be served, in this state."""
+        generation = self._generation(state, asked.digest)
+        layout = state.layout
+        ordinals, known_for_sure = self._shards.ordinals(asked.ids)
+        beyond = layout.examples if asked.digest is None or generation is None else generation.examples
+        known = (ordinals >= 0) & (ordinals < beyond)
+        inside = known if generation is None else known & (ordinals < generation.examples)
+        slots = layout.example_slots(np.where(inside, ordinals, 0))
+        shards = slots // layout.examples_per_shard
+        served = inside if state.all_served else inside & (state.version[shards] > 0)
+        if generation is not None and generation is not state.newest:
+            self._refuse_changed(generation, state, np.unique(shards[inside]))
+        if not known_for_sure:
+            known = known | (ordinals < 0)
+        return _Place(state, generation, known, inside, served, slots, shards)
 
-    def _served(self, shards: Int64[np.ndarray, " examples"], digest: str | None) -> State:
-        """The state after every one of these shards that can be admitted is; checked against the digest asked for."""
+    def _generation(self, state: State, digest: str | None) -> Generation | None:
+        """The generation that is asked for, or the newest; None while building for the first time."""
+        if digest is None:
+            return state.newest
+        for generation in reversed(state.generations):
+            if generation.digest == digest:
+                return generation
+        served = state.newest.digest if state.newest else None
+        raise DigestChanged(
+            f"{self.name!r} is at {served or 'no digest yet: it is being built'}, and {digest} is none of its "
+            f"{len(state.generations):,} generations: labels from both would be mixed; pin the digest that is there",
+            expected=digest,
+            served=served,
+        )
+
+    def _refuse_changed(self, generation: Generation, state: State, shards: np.ndarray) -> None:
+        for shard in shards.tolist():
+            commit = state.commits.get(shard)
+            if commit is not None and commit.sha256 != generation.commits[shard]:
+                raise DigestChanged(
+                    f"shard {shard} of {self.name!r} was damaged and labelled again with other bytes since "
+                    f"{generation.digest}: pin the digest of a newer generation",
+                    expected=generation.digest,
+                    served=state.newest.digest if state.newest else None,
+                )
+
+    def _admitted(self, asked: Asked) -> State:
+        """The state after every shard of these examples that can be admitted is."""
         state = self._current()
         for _ in range(ADMISSIONS):
-            waiting = () if state.all_served else np.unique(shards[state.version[shards] == 0]).tolist()
+            if state.all_served:
+                break
+            place = self._place(asked, state)
+            waiting = np.unique(place.shards[place.inside & ~place.served]).tolist()
             waiting = [shard for shard in waiting if shard in state.commits]
             if not waiting:
                 break
             self._shards.admit(waiting)
-            state = self._shards.state
-        served = state.generation.digest if state.generation else None
-        if digest is not None and digest != served:
-            raise DigestChanged(
-                f"{self.name!r} is at {served or 'no digest yet: it is being built'}, not at {digest}: "
-                "labels from both would be mixed; pin the new digest to go on with it",
-                expected=digest,
-                served=served,
-            )
+            state = self._ours(self._shards.state)
         return state
 
     def _current(self) -> State:
-        state = self._shards.current()
+        return self._ours(self._shards.current())
+
+    def _ours(self, state: State) -> State:
         if state.replaced:
             raise DigestChanged(f"the label set {self.name!r} was removed or replaced while it was open: open it again")
         return state
 
-    def _gather(self, rows: Int64[np.ndarray, " rows"], view: int, arrays: dict[str, np.ndarray]) -> None:
-        stored = self._shards.rows
-        # Bounds are checked already; with mode="raise" NumPy would gather into a buffer first.
-        for name in ("indices", "logits"):
-            np.take(stored[name], rows, 0, arrays[name], mode="clip")
-        np.take(stored["fingerprint"][:, view], rows, 0, arrays["fingerprint"], mode="clip")
-        scalars = np.take(stored["scalars"], rows, 0, mode="clip")
-        arrays["logit_max"][:] = scalars[:, 0]
-        arrays["tail_logsumexp"][:] = scalars[:, 1:]
+    def _gather_ragged(
+        self, asked: Asked, place: "_Place", allocate: Callable[[Fields, str | None], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        stored, slots_per_shard = self._shards.rows, place.state.layout.rows_per_shard
+        starts = np.take(stored["row_start"], place.slots, mode="clip").astype(np.int64)
+        counts = np.take(stored["row_count"], place.slots, mode="clip").astype(np.int64)
+        if place.served.any() and int((starts + counts)[place.served].max()) > slots_per_shard:
+            raise ShardDamaged(
+                f"rows of {self.name!r} lie outside their shard, and were committed so: precompute it anew under "
+                "another name, and do not use these labels"
+            )
+        counts[~place.served] = 0
+        if asked.ranges is not None:
+            served = np.flatnonzero(place.served)
+            check_ranges(asked.ranges[served], counts[served], asked.ids, self.name, served)
+            starts = starts + asked.ranges[:, 0]
+            counts = np.where(place.served, asked.ranges[:, 1] - asked.ranges[:, 0], 0)
+        splits = splits_of(counts)
+        rows, examples = int(splits[-1]), len(counts)
+        for limits in asked.limits:
+            limits.check(self._spec, examples, rows)
+        arrays = allocate(self._spec.fields(rows, examples, present=asked.masked), place.digest)
+        arrays["row_splits"][:] = splits
+        gather_rows(stored, self._spec, runs(place.shards * slots_per_shard + starts, splits), arrays)
+        return arrays
 
-    def _missing(
-        self, ids: Int64[np.ndarray, " n"], known: Bool[np.ndarray, " n"], served: Bool[np.ndarray, " n"]
-    ) -> RowsMissing:
-        unknown, unlabelled = ids[~known].tolist(), ids[known & ~served].tolist()
-        asked = len(set(ids.tolist()))
-        parts = []
-        if unknown:
-            parts.append(f"unknown: {shown(dict.fromkeys(unknown))}; its ids are 0 to {self.layout.examples - 1:,}")
-        if unlabelled:
-            shards = {id // self.layout.rows_per_shard for id in unlabelled}
-            damaged = sorted(shards & self._shards.damaged().keys())
-            reason = f"shards withdrawn as damaged: {shown(damaged)}" if damaged else "not labelled yet"
-            parts.append(f"without labels: {shown(dict.fromkeys(unlabelled))} ({reason}; run its precompute again)")
-        missing = len(set(unknown) | set(unlabelled))
-        return RowsMissing(
-            f"{missing:,} of {asked:,} examples have no labels in {self.name!r}: {'; '.join(parts)}",
-            unknown=list(dict.fromkeys(unknown)),
-            unlabelled=list(dict.fromkeys(unlabelled)),
+    def _missing(self, ids: Ids, place: "_Place") -> RowsMissing:
+        unlabelled = place.known & ~place.served
+        damaged = sorted(set(place.shards[unlabelled & place.inside].tolist()) & self._shards.damaged().keys())
+        examples = place.state.layout.examples if place.generation is None else place.generation.examples
+        return rows_missing(
+            self.name,
+            self._identity.ids,
+            examples,
+            asked=len(ids.at(slice(None))),
+            unknown=ids.at(~place.known),
+            unlabelled=ids.at(unlabelled),
+            reason=f"shards withdrawn as damaged: {shown(damaged)}" if damaged else "not labelled yet",
         )
 
     def _retained_mass(self, state: State) -> dict[str, dict[str, float]]:
@@ -237,58 +313,27 @@ class LocalLabelSet:
         self._shards.close()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where examples are, in one state. Arrays have an entry an id asked for.
+
+    ``known`` examples belong to the label set, or may; those ``inside`` belong to ``generation``; those ``served`` have
+    their shard mapped. ``slots`` and ``shards`` hold for those inside.
+    """
+
+    state: State
+    generation: Generation | None
+    known: np.ndarray
+    inside: np.ndarray
+    served: np.ndarray
+    slots: np.ndarray
+    shards: np.ndarray
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the generation, or None while building for the first time."""
+        return self.generation.digest if self.generation else None
+
+
 def _empty(fields: Fields, _digest: str | None) -> dict[str, np.ndarray]:
     return {name: np.empty(shape, dtype) for name, (dtype, shape) in fields.items()}
-
-
-def _mark(arrays: dict[str, np.ndarray], served: Bool[np.ndarray, " rows"]) -> None:
-    arrays["present"][:] = served
-    for name in ("logits", "logit_max", "tail_logsumexp"):
-        arrays[name][~served] = np.nan
-    for name in ("indices", "fingerprint"):
-        arrays[name][~served] = 0
-
-
-def label_set_names(store: Path) -> list[str]:
-    """Names of the label sets of a store, sorted; folders without a zarr.json, or of another name, are passed over.
-
-    Raises:
-        StoreNotFound: there is no such folder.
-    """
-    if not _is_folder(store):
-        raise StoreNotFound(
-            f"there is no store {store}: no such folder; name another with --store or LOGITCACHE_STORE, "
-            "or make it with `logitcache precompute`"
-        )
-    if (store / "zarr.json").is_file():
-        raise StoreNotFound(f"{store} is a label set and not a store: name the folder above it, {store.parent}")
-    return _names(store)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:
-        raise StorageFault(f"{path} cannot be looked at: {error.strerror}", path=str(path)) from error
-
-
-def _names(store: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in store.iterdir() if _legal(path.name) and _holds_a_group(path))
-    except OSError as error:
-        raise StorageFault(f"the store {store} cannot be listed: {error.strerror}") from error
-
-
-def _holds_a_group(path: Path) -> bool:
-    try:
-        return (path / "zarr.json").is_file()
-    except OSError:
-        # Not ours to enter: the lost+found of a file system, say.
-        return False
-
-
-def _legal(name: str) -> bool:
-    try:
-        return bool(check_name(name))
-    except InvalidName:
-        return False

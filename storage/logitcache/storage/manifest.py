@@ -9,7 +9,9 @@ from typing import Any
 
 from logitcache.labels.errors import LabelSetNotFound, NewerFormat, NotALabelSet
 from logitcache.labels.identity import FORMAT_VERSION, Identity
-from logitcache.storage.layout import MAX_EXAMPLES, MOST_SHARDS, ROW_QUANTUM, Layout, Places
+from logitcache.storage.layout import Layout
+from logitcache.storage.packing import MOST_SHARDS, MOST_SLOTS, QUANTUM
+from logitcache.storage.places import Places
 
 MAX_METADATA_BYTES = 1 << 20
 """A longer zarr.json is refused unread."""
@@ -33,6 +35,8 @@ def read_layout(root: Path) -> Layout:
         path = root / array.name / "zarr.json"
         found, expected = _read_json(path), layout.array_metadata(array)
         wrong = [key for key, value in expected.items() if found.get(key) != value]
+        if not _holds(found.get("shape"), shape := list(layout.array_shape(array))):
+            wrong, expected = [*wrong, "shape"], expected | {"shape": shape}
         if wrong:
             raise NotALabelSet(
                 f"{path}: {wrong[0]} is {found.get(wrong[0])!r}, not {expected[wrong[0]]!r}; "
@@ -56,20 +60,48 @@ def _layout(root: Path, group: dict[str, Any]) -> Layout:
             supported=FORMAT_VERSION,
         )
     try:
-        examples, rows_per_shard = manifest["examples"], manifest["rows_per_shard"]
-        if not (type(examples) is int and 1 <= examples <= MAX_EXAMPLES):
-            raise ValueError(f"examples={examples!r} is out of bounds")
-        if not (type(rows_per_shard) is int and ROW_QUANTUM <= rows_per_shard <= MAX_EXAMPLES):
-            raise ValueError(f"rows_per_shard={rows_per_shard!r} is out of bounds")
-        if rows_per_shard % ROW_QUANTUM:
-            raise ValueError(f"rows_per_shard={rows_per_shard} is not a multiple of {ROW_QUANTUM}")
-        if examples > MOST_SHARDS * rows_per_shard:
-            raise ValueError(
-                f"{examples:,} examples in shards of {rows_per_shard:,} are more than {MOST_SHARDS:,} shards"
-            )
-        return Layout(Identity.from_json(manifest["identity"]), examples, rows_per_shard)
+        identity = Identity.from_json(manifest["identity"])
+        return Layout(
+            identity,
+            rows_per_shard=_slots(manifest, "rows_per_shard"),
+            examples_per_shard=_slots(manifest, "examples_per_shard"),
+            **_shards(manifest, pointwise=identity.alignment == "pointwise"),
+        )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise NotALabelSet(f"{root}/zarr.json: the manifest is damaged: {error}") from None
+
+
+def _holds(found: Any, shape: list[int]) -> bool:
+    """The shape found is this one, or longer: growing writes the arrays' shapes first and the manifest last."""
+    if not isinstance(found, list) or len(found) != len(shape) or any(type(size) is not int for size in found):
+        return False
+    return found[0] >= shape[0] and found[1:] == shape[1:]
+
+
+def _slots(manifest: dict[str, Any], name: str) -> int:
+    slots = manifest[name]
+    if not (type(slots) is int and QUANTUM <= slots <= MOST_SLOTS and slots % QUANTUM == 0):
+        raise ValueError(f"{name}={slots!r} is not a multiple of {QUANTUM:,} up to {MOST_SLOTS:,}")
+    return slots
+
+
+def _shards(manifest: dict[str, Any], *, pointwise: bool) -> dict[str, tuple[int, ...]]:
+    """Examples and rows of each shard, none of which uses more slots than it has."""
+    counts: dict[str, list[int]] = manifest["shards"]
+    for name in ("examples", "rows"):
+        most = manifest[f"{name}_per_shard"]
+        if not all(type(count) is int and 1 <= count <= most for count in counts[name]):
+            raise ValueError(f"a shard has not 1 to {most:,} {name}")
+    examples, rows = counts["examples"], counts["rows"]
+    if set(counts) != {"examples", "rows"} or len(examples) != len(rows):
+        raise ValueError("its shards are not told by examples and rows")
+    if not 1 <= len(examples) <= MOST_SHARDS:
+        raise ValueError(f"{len(examples):,} shards are not 1 to {MOST_SHARDS:,}")
+    if pointwise and (examples != rows or manifest["examples_per_shard"] != manifest["rows_per_shard"]):
+        raise ValueError("examples with one row each have other rows than examples")
+    if any(count < each for count, each in zip(rows, examples, strict=True)):
+        raise ValueError("a shard has fewer rows than examples")
+    return {"shard_examples": tuple(examples), "shard_rows": tuple(rows)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,67 +5,86 @@ Both are canonical JSON. Whatever is read back is checked against the layout bef
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache.labels.errors import ShardDamaged
 from logitcache.labels.identity import Identity, canonical_json, label_set_digest, sha256_hex
-from logitcache.storage.layout import Layout
+from logitcache.labels.ids import MAX_TEXT_BYTES
+from logitcache.storage.layout import TEXTS, Layout
 
 log = logging.getLogger("logitcache.storage")
 
 MAX_RECORD_BYTES = 64 << 20
 """A longer commit or generation is refused unread."""
 
+MAX_TEXT_JSON_BYTES = 6 * MAX_TEXT_BYTES + 3
+"""Bytes that a text id may take in a texts file: each of its own as ``\\uXXXX``, quotes and a comma."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file that a commit covers: its size in bytes and its sha256."""
+
+    bytes: int
+    sha256: str
+
 
 @dataclass(frozen=True)
 class Commit:
-    """One shard's span and the sha256 of each of its chunk files; ``sha256`` is that of the commit's own bytes."""
+    """One shard's span and the files that it consists of; ``sha256`` is that of the commit's own bytes."""
 
     shard: int
-    arrays: dict[str, str]
+    parts: dict[str, Part]
     sha256: str
 
     @classmethod
-    def of(cls, layout: Layout, shard: int, hashes: dict[str, str]) -> tuple["Commit", bytes]:
-        """The commit of freshly hashed chunk files, and its bytes."""
-        data = canonical_json(_commit_content(layout, shard, hashes))
-        return cls(shard, dict(hashes), sha256_hex(data)), data
+    def of(cls, layout: Layout, shard: int, parts: dict[str, Part]) -> tuple["Commit", bytes]:
+        """The commit of freshly hashed files, and its bytes."""
+        data = canonical_json(_commit_content(layout, shard, parts))
+        return cls(shard, dict(parts), sha256_hex(data)), data
 
     @classmethod
     def read(cls, path: Path, layout: Layout, shard: int) -> "Commit":
         """Read a shard's commit.
 
         Raises:
-            ShardDamaged: it is not the canonical JSON of this shard's span and arrays.
+            ShardDamaged: it is not the canonical JSON of this shard's span and files.
             FileNotFoundError: the shard is not committed.
         """
         data = _read(path)
         try:
-            content = json.loads(data)
-            hashes = {name: str(entry["sha256"]) for name, entry in content["arrays"].items()}
-            whole = all(len(digest) == 64 for digest in hashes.values())
-            if not whole or data != canonical_json(_commit_content(layout, shard, hashes)):
+            entries = json.loads(data)["files"]
+            parts = {name: Part(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+            whole = all(_is_hash(part.sha256) and type(part.bytes) is int for part in parts.values())
+            if not whole or data != canonical_json(_commit_content(layout, shard, parts)):
                 raise ValueError("it does not describe this shard")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShardDamaged(f"{path.name}: not a commit of shard {shard}: {error}", shard=shard) from None
-        return cls(shard, hashes, sha256_hex(data))
+        return cls(shard, parts, sha256_hex(data))
 
 
-def _commit_content(layout: Layout, shard: int, hashes: dict[str, str]) -> dict[str, Any]:
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
+def _commit_content(layout: Layout, shard: int, parts: dict[str, Part]) -> dict[str, Any]:
     span = layout.span(shard)
-    if set(hashes) != set(layout.arrays):
-        raise ValueError(f"its arrays are {sorted(hashes)}")
+    if set(parts) != set(layout.parts):
+        raise ValueError(f"its files are {sorted(parts)}")
+    for name, array in layout.arrays.items():
+        if parts[name].bytes != layout.chunk_bytes(array):
+            raise ValueError(f"{name} has {parts[name].bytes} bytes in it, not {layout.chunk_bytes(array)}")
+    if TEXTS in parts and not 0 < parts[TEXTS].bytes <= 1 + len(span) * MAX_TEXT_JSON_BYTES:
+        raise ValueError(f"its texts have {parts[TEXTS].bytes} bytes")
     return {
         "shard": shard,
         "first_example": span.start,
         "examples": len(span),
-        "first_row": span.start,
-        "rows": len(span),
-        "arrays": {
-            name: {"bytes": layout.chunk_bytes(array), "sha256": hashes[name]} for name, array in layout.arrays.items()
-        },
+        "rows": layout.shard_rows[shard],
+        "files": {name: {"bytes": parts[name].bytes, "sha256": parts[name].sha256} for name in layout.parts},
     }
 
 
@@ -96,10 +115,10 @@ class Generation:
             data = _read(path)
             content = json.loads(data)
             commits = content["commits"]
-            if not all(isinstance(digest, str) for digest in commits) or len(commits) != layout.shards:
+            if not all(map(_is_hash, commits)) or not 1 <= len(commits) <= layout.shards:
                 raise ValueError("its commits are not those of this label set")
-            number = int(path.stem)
-            generation, expected = cls.of(layout.identity, number, layout.examples, commits)
+            number, examples = int(path.stem), layout.first(len(commits)).examples
+            generation, expected = cls.of(layout.identity, number, examples, commits)
             if data != expected:
                 raise ValueError("its digest is not that of its commits")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -123,13 +142,27 @@ def numbered(folder: Path) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and str(int(stem)) == stem)
 
 
+def read_generations(folder: Path, layout: Layout, known: Iterable[Generation] = ()) -> list[Generation]:
+    """The generations that read as such, the oldest first; a damaged one is passed over.
+
+    Those that are ``known`` are not read again: a generation is never changed once it is there.
+    """
+    read = {generation.number: generation for generation in known}
+    found = (read.get(number) or _readable(folder, number, layout) for number in numbered(folder))
+    return [generation for generation in found if generation is not None]
+
+
 def newest_generation(folder: Path, layout: Layout) -> Generation | None:
-    """The newest generation that reads as one; a damaged one is passed over."""
-    for number in reversed(numbered(folder)):
-        try:
-            return Generation.read(folder / f"{number}.json", layout)
-        except FileNotFoundError:
-            continue
-        except ShardDamaged as error:
-            log.warning("label set %s: %s; passed over", folder.parent.name, error.message)
-    return None
+    """The newest generation that reads as such."""
+    found = (_readable(folder, number, layout) for number in reversed(numbered(folder)))
+    return next((generation for generation in found if generation is not None), None)
+
+
+def _readable(folder: Path, number: int, layout: Layout) -> Generation | None:
+    try:
+        return Generation.read(folder / f"{number}.json", layout)
+    except FileNotFoundError:
+        return None
+    except ShardDamaged as error:
+        log.warning("label set %s: %s; passed over", folder.parent.name, error.message)
+        return None

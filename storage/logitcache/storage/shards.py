@@ -14,49 +14,36 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int64
 
 from logitcache.labels.errors import LabelSetLocked, ShardDamaged, StorageFault
+from logitcache.labels.ids import Ids
 from logitcache.storage.admission import OpenShard, Stamps, check_hashes, opened, quarantine
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Layout, Places
+from logitcache.storage.id_index import IdIndex
+from logitcache.storage.layout import Layout
 from logitcache.storage.lock import WriterLock
+from logitcache.storage.looking import Found, Signature, commit_key, group_key, grown_layout, look
+from logitcache.storage.looking import signature as look_at
+from logitcache.storage.manifest import read_layout
 from logitcache.storage.mapping import MappedArray
-from logitcache.storage.records import Commit, Generation, newest_generation, numbered
+from logitcache.storage.packing import MOST_SHARDS
+from logitcache.storage.places import Places
+from logitcache.storage.records import Commit
+from logitcache.storage.state import FileKey, State
 
 Verify = Literal["strict", "background"]
 
+RESERVED_BYTES = 1 << 42
+"""Addresses reserved an array, so that a label set can grow while it is open; beyond them it must be opened anew."""
+
 REFRESH_S = 0.5
 """Seconds for which what is known of the folder is believed without looking again."""
-
-_SETTLED_NS = 2_000_000_000
-"""A folder changed more recently than this may change again within one tick of its clock: look inside even so."""
 
 SCRUB_PAUSE_S = 0.05
 """Seconds between two shards of a scrub, so that it leaves the disk to those who wait for rows."""
 
 log = logging.getLogger("logitcache.storage")
-
-FileKey = tuple[int, int]
-"""Inode and time of a file: another commit of the same shard, or another label set of the same name, has another."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What can be served. Arrays are by shard and never changed in place.
-
-    Attributes:
-        generation: the newest complete one, or None while building.
-        commits: trusted commits, damaged ones excluded.
-        version: 0 where a shard is not mapped, else a number that is new each time it is.
-        all_served: every shard of the label set is mapped: there is nothing to look up.
-        replaced: another label set stands in the folder now: nothing of it is served here.
-    """
-
-    generation: Generation | None
-    commits: dict[int, Commit]
-    version: np.ndarray
-    all_served: bool = False
-    replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,22 +59,46 @@ class ShardReport:
         return self.problem is None
 
 
-class Shards:
-    """The served shards of one label set, with their mappings. Safe to use from several threads."""
+def _reserved(layout: Layout) -> tuple[dict[str, MappedArray], int]:
+    """Addresses for every array, and for how many shards: with room to grow, unless this process may not have it."""
+    widest = max(layout.chunk_bytes(array) for array in layout.arrays.values())
+    most_shards = max(layout.shards, min(MOST_SHARDS, RESERVED_BYTES // widest))
+    try:
+        return _mapped_arrays(layout, most_shards), most_shards
+    except StorageFault:
+        return _mapped_arrays(layout, layout.shards), layout.shards
 
-    def __init__(self, places: Places, layout: Layout, verify: Verify, scrub_s: float | None = None) -> None:
-        self.layout = layout
-        self.state = State(None, {}, np.zeros(layout.shards, np.int64))
+
+def _mapped_arrays(layout: Layout, shards: int) -> dict[str, MappedArray]:
+    return {
+        array.name: MappedArray(np.dtype(array.dtype), array.row_shape, shards, layout.chunk_bytes(array))
+        for array in layout.arrays.values()
+    }
+
+
+class Shards:
+    """The served shards of one label set, with their mappings. Safe to use from several threads.
+
+    Raises:
+        LabelSetNotFound, NotALabelSet, NewerFormat: as `manifest.read_layout` does.
+        StorageFault: there are no addresses for its arrays.
+    """
+
+    def __init__(self, places: Places, verify: Verify, scrub_s: float | None = None) -> None:
+        # The key first: a manifest that is replaced in between is noticed by the next look.
+        self._group = group_key(places)
+        layout = read_layout(places.root)
+        self._arrays, self._most_shards = _reserved(layout)
+        self.state = State(layout, (), {}, np.zeros(self._most_shards, np.int64))
         self._places, self._verify, self._files = places, verify, Files()
-        self._arrays = {
-            array.name: MappedArray(np.dtype(array.dtype), array.row_shape, layout.shards, layout.chunk_bytes(array))
-            for array in layout.arrays.values()
-        }
         self.rows = {name: array.rows for name, array in self._arrays.items()}
         self._lock = threading.Lock()
         self._checking: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._quarantining = threading.Lock()
-        self._verified = np.zeros(layout.shards, bool)
+        self._verified = np.zeros(self._most_shards, bool)
+        self._index = IdIndex()
+        self._indexed_commits: dict[int, Commit] = {}
+        self._indexing = threading.Lock()
         self._mapped: dict[int, tuple[int, ...]] = {}
         self._problems: dict[int, str] = {}
         self._condemned: dict[int, FileKey] = {}
@@ -95,8 +106,7 @@ class Shards:
         self._stamps = Stamps(places.stamps)
         self._serial = 0
         self._looked_at = 0.0
-        self._signature: tuple[FileKey, int, int, bool] | None = None
-        self._group = self._group_key()
+        self._signature: Signature | None = None
         self._closing = threading.Event()
         self._verifier: threading.Thread | None = None
         self._scrubber: threading.Thread | None = None
@@ -114,86 +124,64 @@ class Shards:
     def refresh(self) -> None:
         """Look for commits and generations that others made or withdrew."""
         with self._lock:
+            if self.state.replaced:
+                return  # For good: while nothing of it is served, any label set could pass for it grown.
             self._looked_at = time.monotonic()
-            signature = self._folder_signature()
-            if signature == self._signature and signature[-1]:
+            signature = look_at(self._places)
+            if signature == self._signature and signature.settled:
                 return
             self._signature = signature
-            if signature[0] != self._group:
-                # Its commits would read well and belong to another teacher.
-                self.state = State(None, {}, np.zeros_like(self.state.version), replaced=True)
-                return
-            generation = newest_generation(self._places.generations, self.layout)
-            keys, commits, unreadable = self._read_commits(generation)
-            self._set_state(generation, keys, commits)
-            for shard, problem in unreadable.items():
-                self._problems[shard], self._condemned[shard] = problem, keys[shard]
+            layout = self.state.layout
+            if signature.group != self._group:
+                grown = grown_layout(self._places, self.state, self._keys)
+                if grown is None or grown.shards > self._most_shards:
+                    # Its commits would read well and belong to other examples.
+                    nothing = np.zeros_like(self.state.version)
+                    self.state = replace(self.state, commits={}, version=nothing, replaced=True)
+                    return
+                layout, self._group = grown, signature.group
+            found = look(self._places, layout, self.state, self._keys, self._condemned)
+            self._set_state(layout, found)
+            for shard, problem in found.unreadable.items():
+                self._problems[shard], self._condemned[shard] = problem, found.keys[shard]
             self._start_verifier()
-        for shard, problem in unreadable.items():
-            self._quarantine(shard, keys[shard], problem)
+        for shard, problem in found.unreadable.items():
+            self._quarantine(shard, found.keys[shard], problem)
 
-    def _group_key(self) -> FileKey:
-        try:
-            status = self._places.group.stat()
-        except FileNotFoundError:
-            return 0, 0
-        return status.st_ino, status.st_mtime_ns
-
-    def _folder_signature(self) -> tuple[FileKey, int, int, bool]:
-        times = []
-        for folder in (self._places.commits, self._places.generations):
-            try:
-                times.append(folder.stat().st_mtime_ns)
-            except FileNotFoundError:
-                times.append(0)
-        return self._group_key(), times[0], times[1], time.time_ns() - max(times) > _SETTLED_NS
-
-    def _read_commits(
-        self, generation: Generation | None
-    ) -> tuple[dict[int, FileKey], dict[int, Commit], dict[int, str]]:
-        """What stands in the folder: the key of each commit, those that are trusted, and what is wrong with others."""
-        keys: dict[int, FileKey] = {}
-        commits: dict[int, Commit] = {}
-        unreadable: dict[int, str] = {}
-        for shard in numbered(self._places.commits):
-            key = self._key(shard) if shard < self.layout.shards else None
-            if key is None:
-                continue
-            keys[shard] = key
-            if self._condemned.get(shard) == key:
-                continue
-            try:
-                known = self.state.commits.get(shard) if self._keys.get(shard) == key else None
-                commit = known or Commit.read(self._places.commit(shard), self.layout, shard)
-            except FileNotFoundError:
-                continue
-            except ShardDamaged as error:
-                unreadable[shard] = error.message
-                continue
-            # A repair that could not reproduce the bytes waits for the generation that will list it.
-            if generation is None or generation.commits[shard] == commit.sha256:
-                commits[shard] = commit
-        return keys, commits, unreadable
-
-    def _key(self, shard: int) -> FileKey | None:
-        try:
-            status = self._places.commit(shard).stat()
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_ctime_ns
-
-    def _set_state(self, generation: Generation | None, keys: dict[int, FileKey], commits: dict[int, Commit]) -> None:
+    def _set_state(self, layout: Layout, found: Found) -> None:
         version = self.state.version.copy()
         for shard in np.flatnonzero(version).tolist():
             # The same commit in another file was withdrawn and made again: its chunk files are others, too.
-            if shard not in commits or self._keys.get(shard) != keys[shard]:
+            if shard not in found.commits or self._keys.get(shard) != found.keys[shard]:
                 version[shard] = 0
                 self._verified[shard] = False
-        for shard in commits.keys() & self._problems.keys():
+        for shard in found.commits.keys() & self._problems.keys():
             del self._problems[shard]
             self._condemned.pop(shard, None)
-        self._keys = keys
-        self.state = State(generation, commits, version, bool(version.all()))
+        self._keys = found.keys
+        self.state = State(layout, found.generations, found.commits, version).settled()
+
+    def ordinals(self, ids: Ids) -> tuple[Int64[np.ndarray, " ids"], bool]:
+        """Ordinals of these ids, -1 where none is known; and whether what is not known is surely not in the label set.
+
+        While shards are missing, their ids are not known either, unless ids are ordinals.
+        """
+        if self.state.layout.identity.ids == "ordinal":
+            return ids.keys, True
+        index = self._indexed()
+        return index.ordinals(ids.keys), len(index.commits) == self.state.layout.shards
+
+    def _indexed(self) -> IdIndex:
+        """The index of the ids of all committed shards, brought up to date."""
+        state = self.state
+        if state.commits is self._indexed_commits:
+            return self._index
+        with self._indexing:
+            index, damaged = self._index.following(self._places, state.layout, state.commits)
+            self._index, self._indexed_commits = index, state.commits
+        for commit, problem in damaged:
+            self._withdraw(commit.shard, commit, self._keys.get(commit.shard, (0, 0)), problem)
+        return index
 
     def admit(self, shards: Iterable[int]) -> None:
         """Check and map these shards now, so that they can be served; a damaged one is withdrawn instead."""
@@ -205,11 +193,11 @@ class Shards:
     def _examine(self, shard: int, *, trust_stamps: bool, hash_now: bool) -> None:
         """Open, check and (re)map one committed shard; the caller holds the shard's lock in ``_checking``."""
         with self._lock:
-            commit, key = self.state.commits.get(shard), self._keys.get(shard)
+            commit, key, layout = self.state.commits.get(shard), self._keys.get(shard), self.state.layout
         if commit is None or key is None:
             return
         try:
-            with opened(self._places, self.layout, commit) as files:
+            with opened(self._places, layout, commit) as files:
                 stamped = trust_stamps and self._stamps.match(files, commit)
                 if hash_now and not stamped:
                     check_hashes(files, commit)
@@ -226,27 +214,25 @@ class Shards:
                 self._stamps.remember(files, commit)
             inodes = tuple(stamp[0] for stamp in files.stamps)
             if not self.state.version[shard] or self._mapped.get(shard) != inodes:
-                for name, handle in files.handles.items():
-                    self._arrays[name].place(shard, handle)
+                for name, array in self._arrays.items():
+                    array.place(shard, files.handles[name])
                 self._mapped[shard] = inodes
                 self._serial += 1
-                version = self.state.version.copy()
-                version[shard] = self._serial
-                self.state = replace(self.state, version=version, all_served=bool(version.all()))
+                self.state = self.state.with_shard(shard, self._serial)
             self._verified[shard] = sound
 
     def _withdraw(self, shard: int, commit: Commit, key: FileKey, problem: str) -> None:
         with self._lock:
             if self.state.commits.get(shard) is not commit:
                 return
-            commits = {number: other for number, other in self.state.commits.items() if number != shard}
-            version = self.state.version.copy()
-            version[shard] = 0
+            self.state = self.state.without_shard(shard)
             self._verified[shard] = False
-            self.state = State(self.state.generation, commits, version)
-            ours = self._key(shard) == key
+            stands = commit_key(self._places, shard)
+            ours = stands == key
+            if ours or stands is None:
+                self._problems[shard] = problem
             if ours:
-                self._problems[shard], self._condemned[shard] = problem, key
+                self._condemned[shard] = key
             else:
                 self._signature = None
         if ours:
@@ -262,8 +248,8 @@ class Shards:
         )
         # Threads of this process take turns; only another process makes us leave the files where they are.
         with self._quarantining, contextlib.suppress(LabelSetLocked, StorageFault), WriterLock(self._places.lock):
-            if self._key(shard) == key:
-                place = f"moved to {quarantine(self._places, self.layout, shard, problem, self._files)}"
+            if commit_key(self._places, shard) == key:
+                place = f"moved to {quarantine(self._places, self.state.layout, shard, problem, self._files)}"
             else:
                 place = "which another process has dealt with meanwhile"
         log.error("label set %s: %s; withdrawn, %s; run precompute again", self._places.root.name, problem, place)
@@ -271,7 +257,7 @@ class Shards:
     def damaged(self) -> dict[int, str]:
         """Shards that were committed and are withdrawn, with what was wrong."""
         with self._lock:
-            sealed = range(self.layout.shards) if self.state.generation else ()
+            sealed = range(self.state.served_shards) if self.state.newest else ()
             gone = {shard: "withdrawn earlier" for shard in sealed if shard not in self.state.commits}
             return gone | self._problems
 

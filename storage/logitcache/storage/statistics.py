@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.labels.soft_labels import SoftLabels, temperature_name
-from logitcache.storage.layout import Places
+from logitcache.storage.places import Places
 
 RetainedMass = dict[str, tuple[int, float, float]]
 """By temperature: rows, sum and minimum of the probability that the stored k hold."""

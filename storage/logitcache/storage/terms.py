@@ -2,40 +2,19 @@
 
 from typing import Any
 
-from logitcache.labels.errors import DatasetChanged, IdentityChanged, InvalidRequest
+import numpy as np
+from jaxtyping import Int64
+
+from logitcache.labels.errors import DatasetChanged, IdentityChanged
 from logitcache.labels.identity import Identity
-from logitcache.storage.layout import MOST_SHARDS, ROW_QUANTUM, Layout, default_rows_per_shard
+from logitcache.storage.layout import Layout
 
 
-def check_rows_per_shard(rows_per_shard: int | None, examples: int) -> None:
-    """Refuse a shard size whose chunk files would not be whole pages, or that makes too many of them; None is neither.
-
-    Raises:
-        InvalidRequest: not a positive multiple of 4,096, or more than `MOST_SHARDS` shards.
-    """
-    if rows_per_shard is None:
-        return
-    if rows_per_shard < ROW_QUANTUM or rows_per_shard % ROW_QUANTUM:
-        nearest = max(1, round(rows_per_shard / ROW_QUANTUM)) * ROW_QUANTUM
-        raise InvalidRequest(
-            f"--rows-per-shard {rows_per_shard} is not a positive multiple of {ROW_QUANTUM:,}: try {nearest:,}"
-        )
-    if examples > MOST_SHARDS * rows_per_shard:
-        raise InvalidRequest(
-            f"--rows-per-shard {rows_per_shard:,} makes {-(-examples // rows_per_shard):,} shards of {examples:,} "
-            f"examples, more than the {MOST_SHARDS:,} that a reader can map: "
-            f"use {default_rows_per_shard(examples):,}, the default"
-        )
-
-
-def refuse_another(
-    name: str, layout: Layout, identity: Identity, examples: int, rows_per_shard: int | None = None
-) -> None:
+def refuse_another(name: str, layout: Layout, identity: Identity, rows_per_shard: int | None = None) -> None:
     """Refuse to continue a label set with anything that would make its rows those of another one.
 
     Raises:
         IdentityChanged: fields differ; each is named with both values.
-        DatasetChanged: it was begun over another number of examples.
     """
     fields: dict[str, tuple[Any, Any]] = layout.identity.differences(identity)
     if rows_per_shard is not None and rows_per_shard != layout.rows_per_shard:
@@ -47,11 +26,40 @@ def refuse_another(
             "run with the old values, give the new label set another name, or delete its folder to begin anew",
             fields={field: list(values) for field, values in fields.items()},
         )
-    if examples != layout.examples:
-        verb = "shrank" if examples < layout.examples else "grew"
+
+
+def refuse_fewer(name: str, layout: Layout, examples: int) -> None:
+    """Refuse a dataset with fewer examples than a label set was begun over; more are an append.
+
+    Raises:
+        DatasetChanged: it shrank.
+    """
+    if examples < layout.examples:
         raise DatasetChanged(
-            f"label set {name!r} was begun over {layout.examples:,} examples, the dataset {verb} to {examples:,}. "
-            "Nothing was changed: label it under another name",
+            f"label set {name!r} was begun over {layout.examples:,} examples, the dataset shrank to {examples:,}. "
+            "Nothing was changed: restore it, or label it under another name",
             was=layout.examples,
             now=examples,
+        )
+
+
+def refuse_other_lengths(name: str, layout: Layout, row_counts: Int64[np.ndarray, " examples"]) -> None:
+    """Refuse a causal dataset whose examples have other lengths than when the label set's shards were planned.
+
+    Args:
+        name: the label set's.
+        layout: its layout.
+        row_counts: (examples,) rows of each example of the dataset now; more examples than the layout's are an append.
+
+    Raises:
+        DatasetChanged: a shard would have other rows; its examples are named.
+    """
+    rows = np.add.reduceat(row_counts[: layout.examples], layout.first_examples[:-1])
+    for shard in np.flatnonzero(rows != np.array(layout.shard_rows)).tolist():
+        span = layout.span(shard)
+        raise DatasetChanged(
+            f"examples {span.start:,} to {span.stop - 1:,} have {rows[shard]:,} tokens, label set {name!r} was begun "
+            f"when they had {layout.shard_rows[shard]:,}: the dataset was re-ordered, or its tokenizer changed. "
+            "Nothing was changed: restore it, or label it under another name",
+            shard=shard,
         )

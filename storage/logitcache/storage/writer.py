@@ -6,8 +6,9 @@ It knows nothing of teachers or datasets.
 """
 
 import contextlib
-import hashlib
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,19 +19,22 @@ from logitcache.labels.errors import (
     DatasetChanged,
     InvalidRequest,
     NotALabelSet,
-    ShapeMismatch,
     ShardDamaged,
     StorageFault,
     StoreNotFound,
 )
-from logitcache.labels.identity import Identity, canonical_json, check_name
-from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine
+from logitcache.labels.identity import canonical_json, check_name
+from logitcache.labels.ids import text_keys
+from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine, read_part, stored_rows
+from logitcache.storage.contents import Content, contents, refuse_repeated, sha256_of
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Layout, Places, default_rows_per_shard
+from logitcache.storage.id_index import IdIndex
+from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.lock import WriterLock
 from logitcache.storage.manifest import read_layout
-from logitcache.storage.records import Commit, Generation, newest_generation, numbered
-from logitcache.storage.terms import check_rows_per_shard, refuse_another
+from logitcache.storage.places import Places
+from logitcache.storage.records import Commit, Generation, Part, newest_generation, numbered
+from logitcache.storage.terms import refuse_another, refuse_fewer
 
 
 class LabelSetWriter:
@@ -41,7 +45,7 @@ class LabelSetWriter:
     quarantined.
 
     Attributes:
-        layout: shape of the label set; ``rows_per_shard`` is the stored one when it exists already.
+        layout: shape of the label set: the stored one when it exists already, else the one that was given.
         committed: shards that need no work, ascending.
         quarantined: shards found damaged now, with what was wrong.
 
@@ -50,31 +54,24 @@ class LabelSetWriter:
         NotALabelSet: the folder holds something that logitcache did not write.
         NewerFormat: a newer logitcache began it.
         LabelSetLocked: another process is writing it.
-        IdentityChanged: it was begun with another identity; every field that differs is named with both values.
-        DatasetChanged: it was begun over another number of examples.
+        IdentityChanged: it was begun with another identity or shard size; each field that differs is named with both
+            values.
+        DatasetChanged: it was begun over more examples. Over fewer is an append: `seal`, then `grow`.
         DiskFull, StoreNotWritable: as they say; nothing was lost.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        identity: Identity,
-        examples: int,
-        *,
-        rows_per_shard: int | None = None,
-        files: Files | None = None,
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout, *, files: Files | None = None) -> None:
         check_name(path.name)
-        check_rows_per_shard(rows_per_shard, examples)
         self.path, self._places, self._files = path, Places(path), files or Files()
         self._claim_folder()
         self._lock = WriterLock(self._places.lock)
         try:
             if self._places.group.exists():
                 self.layout = read_layout(path)
-                refuse_another(path.name, self.layout, identity, examples, rows_per_shard)
+                refuse_another(path.name, self.layout, layout.identity, layout.rows_per_shard)
+                refuse_fewer(path.name, self.layout, layout.examples)
             else:
-                self.layout = Layout(identity, examples, rows_per_shard or default_rows_per_shard(examples))
+                self.layout = layout
                 self._create()
             self.quarantined: dict[int, str] = {}
             self._stamps = Stamps(self._places.stamps)
@@ -101,8 +98,7 @@ class LabelSetWriter:
         places, files = self._places, self._files
         files.make_folder(places.staging)
         self._clear_staging()
-        for folder in (places.commits, places.generations, places.statistics):
-            files.make_folder(folder)
+        self._make_folders()
         for key, data in library_metadata(self.layout).items():
             final = self.path / key
             files.make_folder(final.parent)
@@ -110,6 +106,13 @@ class LabelSetWriter:
                 files.remove(final)
             files.create(self._staged(key.replace("/", ".")), final, data)
         files.fsync(self.path.parent)
+
+    def _make_folders(self) -> None:
+        """Folders that may be empty: what copied the label set may have left them out."""
+        places = self._places
+        texts = [self.path / TEXTS] if TEXTS in self.layout.parts else []
+        for folder in (places.commits, places.generations, places.statistics, *texts):
+            self._files.make_folder(folder)
 
     def _staged(self, name: str) -> Path:
         return self._places.staging / f"{name}.{os.getpid()}"
@@ -124,22 +127,42 @@ class LabelSetWriter:
         self._clear_staging()
         for path in self.path.glob("stamps.*.*"):
             self._files.remove(path)
-        on_disk = [shard for shard in numbered(self._places.commits) if shard < self.layout.shards]
+        self._make_folders()
+        on_disk = numbered(self._places.commits)
+        self._refuse_beyond(on_disk)
         self._remove_uncommitted(set(on_disk))
         commits: dict[int, Commit] = {}
         for shard in on_disk:
             try:
                 commits[shard] = self._checked(shard)
             except ShardDamaged as error:
-                quarantine(self._places, self.layout, shard, error.message, self._files)
-                self.quarantined[shard] = error.message
+                self._set_aside(shard, error.message)
         self._stamps.save(self._files)
+        self._ids = IdIndex()
+        if self.layout.identity.ids != "ordinal":
+            self._ids, damaged = self._ids.following(self._places, self.layout, commits)
+            for commit, problem in damaged:
+                # It hashed right before, as its stamp says, and rotted since.
+                self._set_aside(commit.shard, problem)
+                del commits[commit.shard]
         return commits
 
+    def _set_aside(self, shard: int, problem: str) -> None:
+        quarantine(self._places, self.layout, shard, problem, self._files)
+        self.quarantined[shard] = problem
+
+    def _refuse_beyond(self, committed: list[int]) -> None:
+        """Commits of shards that the manifest does not have mean an old manifest; their files must not be cleared."""
+        if committed and committed[-1] >= self.layout.shards:
+            raise NotALabelSet(
+                f"{self._places.commit(committed[-1])} is of a shard that {self._places.group} does not have: "
+                f"an older zarr.json was put in its place; restore the newer one. Nothing was changed"
+            )
+
     def _remove_uncommitted(self, committed: set[int]) -> None:
-        for array in self.layout.arrays.values():
-            kept = {array.chunk_key(shard) for shard in committed} | {"zarr.json"}
-            for path in (self.path / array.name).iterdir():
+        for name in self.layout.parts:
+            kept = {self._places.part(self.layout, name, shard).name for shard in committed} | {"zarr.json"}
+            for path in (self.path / name).iterdir():
                 if path.name not in kept:
                     self._files.remove(path)
 
@@ -168,59 +191,82 @@ class LabelSetWriter:
 
     def stored(self, shard: int, name: str) -> np.ndarray:
         """One array of a committed shard, unused slots cut off; for comparing, not for serving."""
-        array, span = self.layout.arrays[name], self.layout.span(shard)
-        rows = np.fromfile(self._places.chunk(array, shard), array.dtype)
-        return rows.reshape(-1, *array.row_shape)[: len(span)]
+        return stored_rows(self._places, self.layout, self._commits[shard], name)
 
-    def commit(self, shard: int, arrays: dict[str, np.ndarray], statistics: dict[str, Any]) -> Commit:
+    def stored_texts(self, shard: int) -> list[str]:
+        """Text ids of a committed shard's examples.
+
+        Raises:
+            ShardDamaged: they are not those that its ids are the keys of.
+        """
+        texts: list[str] = json.loads(read_part(self._places, self.layout, self._commits[shard], TEXTS))
+        if not isinstance(texts, list) or not np.array_equal(text_keys(texts), self.stored(shard, "ids")):
+            raise ShardDamaged(f"shard {shard}: its texts are not those of its ids, and were committed so", shard=shard)
+        return texts
+
+    def commit(
+        self,
+        shard: int,
+        arrays: dict[str, np.ndarray],
+        statistics: dict[str, Any],
+        texts: Sequence[str] | None = None,
+    ) -> Commit:
         """Make one shard durable: all of it, or nothing.
 
         Args:
             shard: a missing shard.
-            arrays: by name, each of exactly the shard's rows, of the layout's dtype and row shape.
+            arrays: by name, each of exactly the shard's examples or rows, of the layout's dtype and row shape.
             statistics: JSON values, kept beside the commit and outside what is hashed.
+            texts: the examples' ids, if they are texts; ``arrays["ids"]`` holds their keys.
 
         Raises:
-            ShapeMismatch: an array is not what the layout says.
+            ShapeMismatch: an array is not what the layout says, or disagrees with another or with the texts.
+            DatasetFault: an id is already that of another example; both are named.
             DatasetChanged: the shard was sealed with other examples, before it was damaged and withdrawn.
             DiskFull, StoreNotWritable, StorageFault: as they say. The shard is not committed (or is, whole, if only the
                 last sync failed: the next writer finds out), and what was staged is removed if that is possible.
         """
         if shard in self._commits or not 0 <= shard < self.layout.shards:
             raise InvalidRequest(f"shard {shard} is not missing")
-        slots = {name: self._padded(shard, name, arrays[name]) for name in self.layout.arrays}
+        files = contents(self.layout, shard, arrays, texts)
+        if self.layout.identity.ids != "ordinal":
+            refuse_repeated(self.layout, shard, arrays["ids"], texts, self._ids)
         try:
-            commit = self._publish(shard, slots, statistics)
+            commit = self._publish(shard, files, statistics)
         except (StorageFault, DatasetChanged):
             self._clear_after_failure()
             raise
         self._commits[shard] = commit
+        if self.layout.identity.ids != "ordinal":
+            first = int(self.layout.first_examples[shard])
+            self._ids = self._ids.with_shard(shard, commit.sha256, arrays["ids"], first)
         return commit
 
-    def _publish(self, shard: int, slots: dict[str, np.ndarray], statistics: dict[str, Any]) -> Commit:
+    def _publish(self, shard: int, content: dict[str, Content], statistics: dict[str, Any]) -> Commit:
         files, places = self._files, self._places
-        hashes: dict[str, str] = {}
-        for name, array in slots.items():
+        parts: dict[str, Part] = {}
+        for name, (data, size) in content.items():
             staged = self._staged(f"{name}.{shard}")
-            files.write(staged, array.data)
+            files.write(staged, data, size)
             files.fsync(staged)
-            hashes[name] = hashlib.sha256(array.data).hexdigest()
-        self._refuse_other_examples(shard, hashes)
-        for name in slots:
-            files.publish(self._staged(f"{name}.{shard}"), places.chunk(self.layout.arrays[name], shard))
-        for name in slots:
+            parts[name] = Part(size, sha256_of((data, size)))
+        self._refuse_other_examples(shard, parts)
+        for name in content:
+            files.publish(self._staged(f"{name}.{shard}"), places.part(self.layout, name, shard))
+        for name in content:
             files.fsync(self.path / name)
         files.replace(
             self._staged(f"statistics.{shard}"), places.statistics / f"{shard}.json", canonical_json(statistics)
         )
-        commit, data = Commit.of(self.layout, shard, hashes)
-        files.create(self._staged(f"commit.{shard}"), places.commit(shard), data)
+        commit, record = Commit.of(self.layout, shard, parts)
+        files.create(self._staged(f"commit.{shard}"), places.commit(shard), record)
         return commit
 
-    def _refuse_other_examples(self, shard: int, hashes: dict[str, str]) -> None:
+    def _refuse_other_examples(self, shard: int, parts: dict[str, Part]) -> None:
         """A repair may give other rows (and then a new generation), but never labels of other examples."""
         sealed = self._sealed_commit(shard)
-        if sealed is not None and any(sealed.arrays[name] != hashes[name] for name in ("ids", "fingerprint")):
+        of_the_dataset = [name for name in parts if name not in ("indices", "logits", "scalars")]
+        if sealed is not None and any(sealed.parts[name] != parts[name] for name in of_the_dataset):
             span = self.layout.span(shard)
             raise DatasetChanged(
                 f"examples {span.start:,} to {span.stop - 1:,} are not those that were labelled before shard {shard} "
@@ -232,25 +278,14 @@ class LabelSetWriter:
     def _sealed_commit(self, shard: int) -> Commit | None:
         """The commit that the newest generation lists for a withdrawn shard, if quarantine still has it."""
         generation = self.generation
-        for path in self._places.quarantine.glob(f"*-shard-{shard}/commit.json") if generation else ():
+        if generation is None or shard >= len(generation.commits):
+            return None
+        for path in self._places.quarantine.glob(f"*-shard-{shard}/commit.json"):
             with contextlib.suppress(ShardDamaged, FileNotFoundError):
                 commit = Commit.read(path, self.layout, shard)
-                if generation is not None and commit.sha256 == generation.commits[shard]:
+                if commit.sha256 == generation.commits[shard]:
                     return commit
         return None
-
-    def _padded(self, shard: int, name: str, rows: np.ndarray) -> np.ndarray:
-        """The array's bytes of a whole chunk: unused slots zero, little-endian."""
-        array, span = self.layout.arrays[name], self.layout.span(shard)
-        dtype = np.dtype(array.dtype).newbyteorder("<")
-        if rows.dtype != dtype or rows.shape != (len(span), *array.row_shape):
-            raise ShapeMismatch(
-                f"shard {shard}: {name} is {rows.dtype} of shape {rows.shape}, "
-                f"not {array.dtype} of shape {(len(span), *array.row_shape)}"
-            )
-        slots = np.zeros((self.layout.rows_per_shard, *array.row_shape), dtype)
-        slots[: len(rows)] = rows
-        return slots.reshape(-1).view(np.uint8)
 
     def _clear_after_failure(self) -> None:
         """Give the disk back what was staged; if even that fails, the next writer does it."""
@@ -279,6 +314,29 @@ class LabelSetWriter:
         generation, data = Generation.of(self.layout.identity, number, self.layout.examples, commits)
         self._files.create(self._staged(f"generation.{number}"), self._places.generations / f"{number}.json", data)
         return generation
+
+    def grow(self, layout: Layout) -> None:
+        """Take up more examples, in new shards; what is committed stays as it is, and is served on by its generation.
+
+        The arrays' shapes are written first and the manifest last: killed in between, the label set has not grown, and
+        growing it again begins anew.
+
+        Args:
+            layout: extends the present one; see `Layout.grown`.
+
+        Raises:
+            InvalidRequest: it does not, or the label set is not sealed as it is now.
+        """
+        newest, commits = self.generation, tuple(commit.sha256 for _, commit in sorted(self._commits.items()))
+        if not layout.extends(self.layout) or layout == self.layout:
+            raise InvalidRequest("a label set grows by shards after its last one, and by nothing else")
+        if self.missing or newest is None or newest.commits != commits:
+            raise InvalidRequest("a label set grows when it is complete and sealed: label what is missing first")
+        from logitcache.storage.zarr_library import library_metadata
+
+        for key, data in library_metadata(layout).items():
+            self._files.replace(self._staged(key.replace("/", ".")), self.path / key, data)
+        self.layout = layout
 
     def close(self) -> None:
         """Let another process write; a second call does nothing."""

@@ -25,8 +25,8 @@ def library_metadata(layout: Layout) -> dict[str, bytes]:
     for array in layout.arrays.values():
         group.create_array(
             array.name,
-            shape=(layout.examples, *array.row_shape),
-            chunks=(layout.rows_per_shard, *array.row_shape),
+            shape=layout.array_shape(array),
+            chunks=(layout.slots(array), *array.row_shape),
             dtype=array.dtype,
             compressors=None,
             filters=None,

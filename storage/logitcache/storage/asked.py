@@ -1,0 +1,52 @@
+"""What a fetch asks for: arguments that can be right, whatever is stored. Knows no files."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from logitcache.labels.errors import InvalidRequest, UnknownView
+from logitcache.labels.identity import Identity
+from logitcache.labels.ids import Ids, as_ids, check_kind
+from logitcache.labels.label_set import Limits, row_spec
+from logitcache.labels.ranges import Ranges, as_ranges
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A fetch whose arguments can be right; arguments as in `labels.label_set.LabelSet.fetch`."""
+
+    ids: Ids
+    ranges: Ranges | None
+    view: int
+    digest: str | None
+    masked: bool
+    limits: tuple[Limits, ...]
+
+
+def asked_for(
+    name: str,
+    identity: Identity,
+    limits: tuple[Limits, ...],
+    ids: Any,
+    rows: Any,
+    view: int,
+    digest: str | None,
+    on_missing: str,
+) -> Asked:
+    """The arguments of a fetch from the label set of this name and identity, checked.
+
+    Raises:
+        InvalidIds, UnknownView, ShapeMismatch, InvalidRequest, TooManyRows: one cannot be right.
+    """
+    wanted = as_ids(ids)
+    check_kind(wanted, identity.ids, name)
+    spec = row_spec(identity)
+    for each in limits:
+        each.check(spec, len(wanted), rows=0)
+    if isinstance(view, bool) or not isinstance(view, int) or not 0 <= view < identity.views:
+        raise UnknownView(f"view {view!r} of {name!r} does not exist: it has one view, 0")
+    if on_missing not in ("error", "mask"):
+        raise InvalidRequest(f"on_missing is {on_missing!r}; it can be 'error' or 'mask'")
+    if rows is not None and not spec.ragged:
+        raise InvalidRequest(f"rows={rows!r:.40}: each example of {name!r} has one row; ask for no range")
+    ranges = None if rows is None else as_ranges(rows, len(wanted))
+    return Asked(wanted, ranges, view, digest, on_missing == "mask", limits)
