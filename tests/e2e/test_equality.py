@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.e2e.workload import Points, teacher, workload
+from tests.e2e.workload import CLASSES, Points, teacher, workload
 
 from logitcache.client import LabelMismatch, connect
 from logitcache.labels.soft_labels import SoftLabels
@@ -64,6 +64,12 @@ def check(soft: SoftLabels, ids: np.ndarray, plain: torch.Tensor) -> None:
     top = logits.topk(K, dim=1)
     assert np.array_equal(soft.indices, top.indices.numpy())
     assert np.array_equal(soft.logit_max, top.values[:, 0].numpy())
+    targets = ids % CLASSES
+    assert soft.target is not None
+    assert soft.target_logit is not None
+    assert np.array_equal(soft.target, targets)
+    of_targets = logits.gather(1, torch.from_numpy(targets)[:, None]) - top.values[:, :1]
+    assert np.array_equal(soft.target_logit, of_targets[:, 0].numpy())
     dense = logits.double()
     centred = (top.values.double() - dense.amax(1, keepdim=True)).numpy()
     for temperature in TEMPERATURES:
@@ -101,7 +107,7 @@ def test_both_readers_give_the_same_bytes(store: Path, url: str) -> None:
     with connect(store / "points") as local, connect(url) as remote:
         for ids in (rng.integers(0, EXAMPLES, size) for size in (1, 33, 4096)):
             one, other = local.fetch(ids), remote.fetch(ids)
-            for name in ("indices", "logits", "logit_max", "tail_logsumexp", "fingerprint"):
+            for name in ("indices", "logits", "logit_max", "tail_logsumexp", "fingerprint", "target", "target_logit"):
                 assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
             assert one.digest == other.digest
 

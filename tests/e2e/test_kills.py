@@ -9,9 +9,11 @@ twenty random moments.
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -58,10 +60,11 @@ class Runs:
     context: ForkServerContext
     root: Path
     shards: int
+    appended: int = 0
 
     @property
     def examples(self) -> int:
-        return self.shards * SHARD_ROWS - 96
+        return self.shards * SHARD_ROWS - 96 + self.appended
 
     def environment(self, store: Path) -> dict[str, str]:
         return {"WORKLOAD_EXAMPLES": str(self.examples), "WORKLOAD_CALLS": str(store / "calls")}
@@ -157,6 +160,44 @@ def test_killed_at_every_kind_of_operation_nothing_is_lost_and_nothing_unfinishe
         store = tmp_path / f"killed-{number}"
         assert few.whole(store, kill_at=number) is None
         few.check_after_a_kill(store, digest)
+
+
+def growing_moments(log: list[tuple[str, str]]) -> list[int]:
+    """Numbers of the operations of growing at which to kill: of its metadata, its first row, its commit, its seal."""
+    first_row = next(number for number, (_, name) in enumerate(log) if name.startswith("ids.1."))
+    metadata = [number for number in range(first_row) if log[number] == ("rename", "zarr.json")]
+    ends = [number for number in range(len(log) - 10, len(log)) if log[number][0] in ("write", "link", "fsync")]
+    return [metadata[0], metadata[-1] - 2, metadata[-1], first_row - 1, first_row, *ends]
+
+
+def test_killed_while_it_grows_the_older_generation_is_served_and_the_next_run_finishes(
+    runs: Callable[[int], Runs], tmp_path: Path
+) -> None:
+    begun = runs(1)
+    grown = replace(begun, appended=500)
+    sealed = begun.whole(tmp_path / "begun")
+    assert sealed is not None
+    whole = grown.whole(Path(shutil.copytree(tmp_path / "begun", tmp_path / "whole")))
+    assert whole is not None
+    points = tmp_path / "begun" / "points"
+    files = [*points.glob("*/c.0*"), points / "commits" / "0.json", points / "generations" / "1.json"]
+    old = {path: path.read_bytes() for path in files}
+    for number in growing_moments(whole[0]):
+        store = Path(shutil.copytree(tmp_path / "begun", tmp_path / f"killed-{number}"))
+        before = times_labelled(store / "calls", grown.examples)
+        assert grown.whole(store, kill_at=number) is None
+        with closing(LocalLabelSet(store / "points")) as reader:
+            assert len(reader.fetch([0, begun.examples - 1], digest=sealed[1])) == 2
+            if committed_shards(store / "points") == [0]:
+                with pytest.raises(RowsMissing):
+                    reader.fetch([begun.examples])
+        result = grown.whole(store)
+        assert result is not None
+        assert result[1] == whole[1]
+        again = times_labelled(store / "calls", grown.examples) - before
+        assert (again[: begun.examples] == 0).all(), "an old example was labelled again"
+        assert (again[begun.examples :] >= 1).all()
+        assert {path: (store / path.relative_to(tmp_path / "begun")).read_bytes() for path in old} == old
 
 
 @pytest.mark.proof

@@ -2,16 +2,19 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from tests.building import Reference, build, reference
 
 from logitcache.labels.identity import Identity, TeacherId
 from logitcache.server.app import create_app
 from logitcache.server.catalog import Catalog
 from logitcache.server.serve import running
+from logitcache.storage.layout import Layout
 from logitcache.storage.writer import LabelSetWriter
 
 EXAMPLES = 10_000
@@ -36,7 +39,7 @@ def shard_arrays(span: range) -> dict[str, np.ndarray]:
 
 def write_label_set(path: Path, shards: int = 3) -> None:
     """A label set of `EXAMPLES` with its first shards labelled; sealed when all three are."""
-    with LabelSetWriter(path, IDENTITY, EXAMPLES, rows_per_shard=ROWS_PER_SHARD) as writer:
+    with LabelSetWriter(path, Layout.pointwise(IDENTITY, EXAMPLES, ROWS_PER_SHARD)) as writer:
         for shard in range(shards):
             writer.commit(shard, shard_arrays(writer.layout.span(shard)), {"retained_mass": {}})
         if not writer.missing:
@@ -69,4 +72,52 @@ def server(finished_store: Path) -> Iterator[httpx.Client]:
 def own_server(own_store: Path) -> Iterator[httpx.Client]:
     """A client of a server over this test's own store."""
     with running(create_app(Catalog(own_store))) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+NASTY = (
+    "a/b",
+    "a%2Fb",
+    "../x",
+    "a\nb",
+    "a\n",
+    "a",
+    "\x01\t\x7f",
+    "😀" * 1024,
+    "?rows=0:1",
+    "#",
+    " ",
+    "7",
+    "train/",
+    "/",
+)
+"""Text ids that a path could take for another."""
+
+
+@pytest.fixture(scope="session")
+def books() -> Reference:
+    """Rows a token under text ids, with targets."""
+    return reference(2, alignment="causal", ids="text", targets=True, longest=40)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Reference:
+    """A few examples under the worst of texts."""
+    return replace(reference(1, short_by=ROWS_PER_SHARD - len(NASTY), ids="text", targets=True), ids=NASTY)
+
+
+@pytest.fixture(scope="session")
+def shapes_store(books: Reference, photos: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    build(store / "books", books)
+    build(store / "part", books, [0])
+    build(store / "photos", photos)
+    build(store / "digits", reference(1))
+    build(store / "novels", reference(1, alignment="causal", longest=3000, short_by=500))
+    return store
+
+
+@pytest.fixture(scope="session")
+def shapes_server(shapes_store: Path) -> Iterator[httpx.Client]:
+    with running(create_app(Catalog(shapes_store))) as url, httpx.Client(base_url=url) as client:
         yield client

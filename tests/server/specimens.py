@@ -173,19 +173,24 @@ def shrunk() -> Data:
     return Data(EXAMPLES - 1)
 
 
-def grown() -> Data:
-    return Data(EXAMPLES + 1)
-
-
 def reordered() -> Data:
     order = torch.arange(EXAMPLES)
     order[[10, 4000]] = order[[4000, 10]]
     return Data(order=order)
 
 
+class Relabelled(Data):
+    def __getitem__(self, index: int) -> Any:
+        return self.inputs[index], (index + (index == LATE)) % CLASSES
+
+
+def relabelled() -> Data:
+    return Relabelled()
+
+
 class Mappings(Data):
     def __getitem__(self, index: int) -> Any:
-        return {"input": self.inputs[index].numpy(), "labels": 0, "id": index}
+        return {"input": self.inputs[index].numpy(), "labels": 0}
 
 
 class Tensors(Data):
@@ -227,19 +232,21 @@ class Triples(Data):
         return self.inputs[index], 0, 1
 
 
-class Tokens(Data):
+class Both(Data):
     def __getitem__(self, index: int) -> Any:
-        return {"input_ids": np.arange(5)}
+        return {"input_ids": np.arange(5), "input": self.inputs[index]}
+
+
+class Targets(Data):
+    """The last target is beyond the classes."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inputs[index], CLASSES if index == len(self) - 1 else 0
 
 
 class Nameless(Data):
     def __getitem__(self, index: int) -> Any:
         return {"image": self.inputs[index]}
-
-
-class Shifted(Data):
-    def __getitem__(self, index: int) -> Any:
-        return {"input": self.inputs[index], "id": index + 1}
 
 
 def empty() -> Data:

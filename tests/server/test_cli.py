@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from tests.building import ROWS_PER_SHARD, build, grow, grown, reference
 from tests.server.conftest import EXAMPLES
 
 from logitcache.labels.label_set import Description
@@ -45,6 +47,66 @@ def test_fetch_names_the_id_that_is_wrong(finished_store: Path, ids: list[str], 
 
 def test_fetch_of_many_ids_points_to_the_limit(finished_store: Path) -> None:
     assert "1,024" in refused(run("fetch", "digits", *["1"] * 1025, store=finished_store))
+
+
+TEXTS = ("-draft-", "--", "--view", "a b/é", "7", "-3")
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a causal label set whose ids are texts, of two generations, and its reference."""
+    store = tmp_path_factory.mktemp("store")
+    first = reference(1, alignment="causal", ids="text", targets=True, short_by=ROWS_PER_SHARD - 1600)
+    ids = TEXTS + first.ids[len(TEXTS) :]
+    build(store / "books", replace(first, ids=ids))
+    grow(store / "books", grown(replace(first, ids=ids), 3))
+    return store
+
+
+def test_fetch_takes_text_ids_and_after_two_dashes_any_of_them(books: Path) -> None:
+    for arguments in (["a b/é", "7", "-3"], ["--", *TEXTS], ["7", "--rows", "0:1", "--", "-draft-", "--view"]):
+        result = run("fetch", "books", *arguments, store=books)
+        assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert rows["row_splits"] == [0, 1, 2, 3]
+    one = json.loads(run("fetch", "books", "--rows", "0:1", "--", "--view", store=books).stdout)
+    assert one["tokens"] == rows["tokens"][2:]
+
+
+def test_fetch_names_a_text_or_a_range_that_is_not_there(books: Path) -> None:
+    assert "'no/such'" in refused(run("fetch", "books", "no/such", "7", store=books))
+    assert "'7'" in refused(run("fetch", "books", "7", "--rows", "0:9999", store=books))
+    assert "START:STOP" in refused(run("fetch", "books", "7", "--rows", "5", store=books))
+    assert "goes after --" in refused(run("fetch", "books", "-draft-", store=books), 2)
+    assert "empty" in refused(run("fetch", "books", "", store=books))
+
+
+def test_fetch_of_many_rows_points_to_the_limit(books: Path) -> None:
+    assert "1,024" in refused(run("fetch", "books", *["7"] * 1000, store=books))
+
+
+def test_fetch_reads_an_older_generation_by_its_digest(books: Path) -> None:
+    described = json.loads(run("info", "books", "--json", store=books).stdout)
+    first, second = [sealed["digest"] for sealed in described["generations"]]
+    assert json.loads(run("fetch", "books", "7", store=books).stdout)["digest"] == second
+    assert json.loads(run("fetch", "books", "7", "--digest", first, store=books).stdout)["digest"] == first
+    assert "grown/0" in refused(run("fetch", "books", "grown/0", "--digest", first, store=books))
+
+
+def test_info_and_ls_tell_the_shape_and_the_generations(books: Path) -> None:
+    page = run("info", "books", store=books).stdout
+    described = json.loads(run("info", "books", "--json", store=books).stdout)
+    first, second = [sealed["digest"] for sealed in described["generations"]]
+    facts = dict(line.split("  ", 1) for line in page.splitlines())
+    facts = {name: fact.strip() for name, fact in facts.items()}
+    assert facts["ids"] == "texts"
+    assert facts["rows"] == f"{described['rows']:,} labelled; causal: a row a token"
+    assert facts["targets"] == "stored, with their logits"
+    assert (facts["generation"], facts["digest"]) == ("2", second)
+    assert facts["generation 1"].startswith(first)
+    heading, books_line = run("ls", store=books).stdout.splitlines()
+    cells = dict(zip(heading.split(), books_line.split(), strict=False))
+    assert (cells["ALIGNMENT"], cells["IDS"], cells["ROWS"]) == ("causal", "text", f"{described['rows']:,}")
 
 
 def test_ls_aligns_its_table(finished_store: Path) -> None:

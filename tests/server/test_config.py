@@ -91,6 +91,10 @@ def test_an_empty_file_registers_nothing_and_keeps_every_default(tmp_path: Path)
         ('[datasets.d]\nspec = "a:b"\nworkers = 2', 3, "'datasets.d.workers'", "'loader_workers'"),
         ("zzz = 1", 1, "'zzz'", "there is 'store', 'server', 'teachers' and 1 more"),
         ("server.port = 1\nserver.hots = 'a'", 2, "'server.hots'", "'host'"),
+        ("store = 'x'\n_env_file = '/etc/passwd'", 2, "'_env_file'", "'store'"),
+        ("[teachers]\nr = {spec = 'a:b', devcie = 'cpu'}", 2, "'teachers.r.devcie'", "'device'"),
+        ("# other ends of lines: \x85 \u2028\n[server]\nprot = 1", 3, "'server.prot'", "'port'"),
+        ('[server]\n"a=b" = 1', 2, "'server.a=b'", "'host'"),
     ],
 )
 def test_a_typo_is_named_with_its_line_and_the_near_name(
@@ -117,12 +121,20 @@ def test_a_typo_is_named_with_its_line_and_the_near_name(
         ("[datasets.ok]\nspec = 'm:f'\n[datasets.'../up']\nspec = 'm:f'", 3, "'datasets.../up': a name is 1 to 64 of"),
         ("[server]\nport = 1\n[server\n", 3, "is not TOML"),
         ("[server]\nport = 1\nport = 2", 3, "is not TOML"),
+        ("[teachers.a]\nspec = 'm:f'\ndevice = \"a\\u0000\"", 3, "'teachers.a.device': it must not be empty, nor hold"),
+        ("[[teachers]]\nspec = 'm:f'", 1, "'teachers': it should be a table"),
+        ("[teachers.'café']\nspec = 'm:f'", 1, "'teachers.café': a name is"),
     ],
 )
 def test_what_cannot_be_is_told_with_its_line(tmp_path: Path, text: str, line: int, told: str) -> None:
     message = refusal(tmp_path, text)
     assert told in message
     assert f"line {line}" in message
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 5000], ids=["digits", "nesting"])
+def test_a_value_beyond_what_can_be_parsed_is_a_refusal(tmp_path: Path, value: str) -> None:
+    assert "is not TOML" in refusal(tmp_path, f"store = {value}")
 
 
 def test_several_mistakes_are_told_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -150,9 +162,43 @@ def test_the_environment_stands_above_the_file_and_is_named_when_it_is_wrong(
     config = Config.read(write(tmp_path, WHOLE))
     assert (config.server.port, config.server.host) == (9001, "127.0.0.2")
     monkeypatch.setenv("LOGITCACHE_SERVER__PORT", "many")
-    assert "set by LOGITCACHE_SERVER__PORT" in refusal(tmp_path, WHOLE)
+    assert refusal(tmp_path, WHOLE).startswith("environment variable LOGITCACHE_SERVER__PORT: 'server.port': it")
     monkeypatch.setenv("LOGITCACHE_TEACHERS", "{")
-    assert "environment variable" in refusal(tmp_path, WHOLE)
+    assert "environment variable LOGITCACHE_TEACHERS: it must be a table" in refusal(tmp_path, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("LOGITCACHE_SERVER__PROT", "1", "there is no 'server.prot'"),
+        ("LOGITCACHE_SERVER", '{"prot": 1}', "there is no 'server.prot'"),
+        ("LOGITCACHE_SERVER", "3", "'server' must be a table"),
+        ("logitcache_server__port", "many", "'server.port': it should be a valid integer"),
+        ("LOGITCACHE_DATASETS__NEW__LOADER_WORKERS", "3", "'datasets.new' lacks 'spec'"),
+        ("LOGITCACHE_STORE", "", "'store': it must not be empty"),
+    ],
+)
+def test_what_the_environment_said_is_told_with_its_variable_and_not_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    message = refusal(tmp_path, 'store = "x"\n[datasets.train]\nspec = "a:b"')
+    assert message.startswith(f"environment variable {variable}: {told}")
+    assert "line" not in message
+
+
+def test_a_mistake_of_the_file_is_not_put_down_to_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITCACHE_SERVER", '{"port": 1}')
+    assert "line 2: there is no 'server.prot'" in refusal(tmp_path, "[server]\nprot = 1")
+
+
+def test_a_byte_order_mark_and_the_ends_of_lines_of_windows_are_read(tmp_path: Path) -> None:
+    file = write(tmp_path, "")
+    file.write_bytes(b"\xef\xbb\xbfstore = 'labels'\r\n[server]\r\nport = 1\r\n")
+    assert (Config.read(file).store, Config.read(file).server.port) == ("labels", 1)
+    assert "line 2: there is no 'server.prot'" in refusal(tmp_path, "[server]\r\nprot = 1\r\n")
 
 
 def serve(store: Path | None, *arguments: str) -> str:

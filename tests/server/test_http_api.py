@@ -24,6 +24,7 @@ from logitcache.labels.errors import (
     TooManyRows,
     UnknownView,
 )
+from logitcache.labels.ids import Ids
 from logitcache.labels.label_set import Description
 from logitcache.labels.problem import from_problem
 
@@ -43,7 +44,7 @@ def problem_of(answer: httpx.Response, kind: type[LogitcacheError], status: int)
 
 
 def ids_body(ids: Any, **options: Any) -> bytes:
-    return wire.encode_ids(np.asarray(ids, np.int64), **options)
+    return wire.encode_ids(Ids(np.asarray(ids, np.int64)), **options)
 
 
 def test_label_sets_are_listed_and_described_as_the_client_reads_them(server: httpx.Client) -> None:
@@ -143,7 +144,9 @@ def test_a_body_that_is_not_safetensors_is_400(server: httpx.Client, body: bytes
         ([-(2**63) - 1], "-9223372036854775809"),
         ([10**30], "10000"),
         ([1.5], "ids.0"),
-        (["7"], "ids.0"),
+        (["7"], "are whole numbers, these are texts"),
+        (["7", 7], "ids.1"),
+        ([7, "7"], "ids.1"),
         ([3, True], "ids.1"),
         ([None], "ids.0"),
         ([[1]], "ids.0"),

@@ -1,23 +1,46 @@
 """Jobs over HTTP, with real precomputes in processes of their own: they wait, run, end, are cancelled, asked again."""
 
-from collections.abc import Iterator
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.server.job_site import Asker, Site, until
+from tests.server.job_site import CONFIG, Asker, Site, until
 
-from logitcache.labels.errors import Unavailable
+from logitcache.labels.errors import JobNotFound, Unavailable
 from logitcache.server.app import create_app
 from logitcache.server.catalog import Catalog
 from logitcache.server.config import Config
 from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
-from logitcache.server.jobs.job import Asked, Job
+from logitcache.server.jobs.job import Asked, Job, ProcessId
+from logitcache.server.jobs.process import _began
 from logitcache.server.jobs.queue import MOST_LISTED, Jobs
 from logitcache.server.serve import running
 
 GRACE_S = 0.5
+
+
+@contextmanager
+def watching(jobs: Jobs) -> Iterator[Jobs]:
+    """The queue without HTTP, at work."""
+    jobs.start()
+    try:
+        yield jobs
+    finally:
+        jobs.close()
+
+
+def written(site: Site, label_set: str, teacher: str = "one", state: Callable[[Job], Job] = lambda job: job) -> Job:
+    """A job that an earlier server left in the store, in some state."""
+    (site.store / ".jobs").mkdir(exist_ok=True)
+    request = Asked(label_set=label_set, teacher=teacher, dataset="points", top_k=3, rows_per_shard=4096).request()
+    job = state(Job.of(request))
+    JobFolder(site.store / ".jobs", job.id).write(job)
+    return job
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +229,13 @@ def test_a_request_that_cannot_be_is_refused_and_makes_no_job(
 
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
-    [(b"{", "application/json", 400), (b"{}", "text/plain", 415), (b" " * (3 << 20), "application/json", 413)],
+    [
+        (b"{", "application/json", 400),
+        (b"{}", "text/plain", 415),
+        (b"{}", "application/vnd.safetensors", 415),
+        (b" " * (1 << 17), "application/json", 413),
+        (b" " * (3 << 20), "application/json", 413),
+    ],
 )
 def test_a_body_that_is_not_a_request_is_a_problem(asker: Asker, content: bytes, kind: str, status: int) -> None:
     answer = asker.http.post("/v1/jobs", content=content, headers={"Content-Type": kind})
@@ -273,6 +302,16 @@ def test_the_tail_of_a_log_is_bounded_in_lines_and_bytes(tmp_path: Path) -> None
     assert folder.log_tail() == ["last �"]
 
 
+def test_progress_that_is_no_number_is_none(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path, "0123456789abcdef")
+    folder.path.mkdir()
+    text = '{"activity": "a", "rows_done": 1, "rows_total": 2, "rows_per_s": 1.5, "seconds_left": null}'
+    (folder.path / "progress.json").write_text(text)
+    assert folder.progress() is not None
+    (folder.path / "progress.json").write_text(text.replace("1.5", "NaN"))
+    assert folder.progress() is None
+
+
 def test_a_job_that_cannot_be_written_down_is_none(asker: Asker, site: Site) -> None:
     asked = Asked(label_set="unwritten", teacher="one", dataset="points", top_k=3, rows_per_shard=4096)
     folder = site.store / ".jobs" / asked.request().job_id
@@ -287,16 +326,134 @@ def test_a_job_that_cannot_be_written_down_is_none(asker: Asker, site: Site) -> 
 
 def test_a_job_whose_teacher_is_no_longer_registered_fails_when_its_turn_comes(tmp_path: Path) -> None:
     site = Site.make(tmp_path)
-    jobs = Jobs(site.store, Config())
-    job = Job.of(Asked(label_set="a", teacher="one", dataset="points", top_k=3).request())
-    JobFolder(site.store / ".jobs", job.id).write(job)
-    jobs.start()
-    try:
+    job = written(site, "a")
+    with watching(Jobs(site.store, Config())) as jobs:
         error = jobs.get(job.id).error
-        assert error is not None
-        assert error.code == "not-registered"
-    finally:
-        jobs.close()
+    assert error is not None
+    assert error.code == "not-registered"
+
+
+def test_the_queue_goes_on_behind_a_job_that_cannot_begin(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    (site.folder / "logitcache.toml").write_text(CONFIG.replace("one = ", "other = "))
+    gone = [written(site, "gone"), written(site, "gone-too")]
+    behind = written(site, "behind", "nowhere")
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: jobs.get(behind.id).state == "failed", "the job behind it to run")
+        errors = [jobs.get(job.id).error for job in gone]
+    assert [error and error.code for error in errors] == ["not-registered"] * 2
+
+
+def test_one_jobs_trouble_is_not_that_of_the_others(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    troubled, other = written(site, "troubled"), written(site, "other", "two")
+    # It can neither be cleared away for the job to begin, nor written down that it cannot.
+    (site.store / ".jobs" / troubled.id / "outcome.json").mkdir()
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: jobs.get(other.id).state == "succeeded", "the other job")
+        assert jobs.get(troubled.id).state == "queued"
+
+
+def test_a_job_that_was_found_and_ends_without_a_word_is_queued_anew(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, start_new_session=True) as begun:
+        began = _began(begun.pid)
+        assert began is not None
+        id = ProcessId(pid=begun.pid, began=began)
+        job = written(site, "found", state=lambda job: job.running(id, "cpu"))
+        with watching(Jobs(site.store, site.config)) as jobs:
+            assert (jobs.get(job.id).state, jobs.get(job.id).attempt) == ("running", 1)
+            begun.kill()
+            until(lambda: jobs.get(job.id).state == "succeeded", "the next attempt")
+            assert jobs.get(job.id).attempt == 2
+
+
+ODD = """
+class Odd(Teacher):
+    def at_the_second_shard(self):
+        if self.name == "odd":
+            raise OSError("weights-\\udcff.bin")
+        import subprocess
+        left = subprocess.Popen(["/bin/sleep", "600"])
+        Path("left").write_text(str(left.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def odd():
+    return Odd("odd")
+
+
+def leaving():
+    return Odd("leaving")
+"""
+"""A teacher whose error is no Unicode, and one that leaves a process behind when it is killed."""
+
+
+def test_an_error_that_is_no_unicode_is_told_and_what_a_killed_job_leaves_behind_is_ended(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    with (site.folder / "mine.py").open("a") as mine, (site.folder / "logitcache.toml").open("a") as config:
+        mine.write(ODD)
+        config.write('[teachers.odd]\nspec = "mine:odd"\n[teachers.leaving]\nspec = "mine:leaving"\n')
+    odd, leaving = written(site, "odd", "odd"), written(site, "leaving", "leaving")
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: jobs.get(odd.id).state == jobs.get(leaving.id).state == "failed", "both to fail")
+        errors = [jobs.get(job.id).error for job in (odd, leaving)]
+    assert [error and error.code for error in errors] == ["teacher-fault", "job-killed"]
+    left = int((site.folder / "left").read_text())
+    until(lambda: _began(left) is None, "what it left behind to be gone")
+
+
+def test_state_files_that_no_server_wrote_keep_none_from_starting(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    processless = written(site, "processless", state=lambda job: job.model_copy(update={"state": "running"}))
+    naive, other = written(site, "naive", "two"), written(site, "other", "two")
+    file = site.store / ".jobs" / naive.id / "job.json"
+    file.write_text(file.read_text().replace('Z"', '"'))
+    with watching(Jobs(site.store, site.config)) as jobs:
+        assert [job.id for job in jobs.newest()] == [other.id]
+        until(lambda: jobs.get(other.id).state == "succeeded", "the one that is whole")
+        with pytest.raises(JobNotFound):
+            jobs.cancel(processless.id)
+
+
+def test_where_the_server_keeps_things_is_told_neither_in_errors_nor_in_the_log(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    (site.folder / "sub").mkdir()
+    config = Config.read(site.folder / "sub" / ".." / "logitcache.toml")
+    job = written(site, "nowhere", "nowhere")
+    with watching(Jobs(site.store, config)) as jobs:
+        until(lambda: jobs.get(job.id).state == "failed", "a teacher that is not there")
+        told = jobs.get(job.id)
+    assert told.error is not None
+    assert "elsewhere" in told.error.message
+    assert told.log
+    assert str(site.folder) not in told.model_dump_json()
+
+
+def test_a_store_that_cannot_be_locked_is_not_called_another_server(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    (site.store / ".jobs" / "lock").mkdir(parents=True)
+    with watching(Jobs(site.store, site.config)) as jobs:
+        asked = Asked(label_set="a", teacher="one", dataset="points", top_k=3)
+        with pytest.raises(Unavailable, match="its log"):
+            jobs.ask(asked)
+
+
+def test_again_labels_what_the_dataset_grew_by_as_a_new_generation(tmp_path: Path) -> None:
+    site = Site.make(tmp_path, 4200)
+    jobs = Jobs(site.store, site.config)
+    asked = Asked(label_set="growing", teacher="one", dataset="points", top_k=3, rows_per_shard=4096)
+    with watching(jobs):
+        job, _ = jobs.ask(asked)
+        until(lambda: jobs.get(job.id).state == "succeeded", "the first generation")
+        first = jobs.get(job.id)
+        (site.folder / "examples").write_text("5000")
+        assert jobs.ask(asked.model_copy(update={"again": True}))[1]
+        until(lambda: jobs.get(job.id).state == "succeeded", "the second generation")
+        second = jobs.get(job.id)
+    assert (second.attempt, second.progress and second.progress.rows_total) == (2, 800)
+    generations = sorted((site.store / "growing" / "generations").glob("*.json"))
+    assert [json.loads(file.read_text())["digest"] for file in generations] == [first.digest, second.digest]
 
 
 def test_the_list_is_bounded_and_a_damaged_state_file_is_passed_over(tmp_path: Path) -> None:

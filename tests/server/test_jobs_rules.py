@@ -7,7 +7,7 @@ import pytest
 
 from logitcache.labels.errors import InvalidName, InvalidRequest
 from logitcache.server.jobs.job import Asked, Job, JobError, JobRequest, Outcome, ProcessId, parse_asked
-from logitcache.server.jobs.rules import MOST_RESTARTS, due, ended, lost
+from logitcache.server.jobs.rules import MOST_RESTARTS, due, ended
 
 BEGAN = datetime(2026, 11, 1, tzinfo=UTC)
 SUCCESS = Outcome(digest="sha256:aa")
@@ -72,7 +72,6 @@ def test_a_job_that_was_cancelled_is_cancelled_unless_it_was_done_first() -> Non
         (-11, "ended by SIGSEGV"),
         (130, "ended by SIGINT"),
         (3, "exit code 3"),
-        (None, "was gone"),
     ],
 )
 def test_a_process_that_said_nothing_was_killed_and_can_be_asked_for_again(exit_code: int | None, told: str) -> None:
@@ -81,22 +80,26 @@ def test_a_process_that_said_nothing_was_killed_and_can_be_asked_for_again(exit_
     assert error.code == "job-killed"
     assert told in error.message
     assert "committed is kept" in error.message
+    unseen = ended(running(1).model_copy(update={"restarts": MOST_RESTARTS}), None, None).error
+    assert unseen is not None
+    assert "was gone" in unseen.message
 
 
 def test_a_lost_job_keeps_its_place_and_is_queued_anew_a_bounded_number_of_times() -> None:
     job = running(1)
     for number in range(MOST_RESTARTS):
-        job = lost(job, None)
+        job = ended(job, None, None)
         assert (job.state, job.attempt, job.asked) == ("queued", number + 2, queued(1).asked)
         job = job.running(ProcessId(pid=78, began="y"), "t")
-    assert lost(job, None).state == "failed"
-    assert lost(job.over("failed").queued_anew().running(ProcessId(pid=79, began="z"), "t"), None).state == "queued"
+    assert ended(job, None, None).state == "failed"
+    asked_again = job.over("failed").queued_anew().running(ProcessId(pid=79, began="z"), "t")
+    assert ended(asked_again, None, None).state == "queued"
 
 
 def test_a_job_that_ended_while_no_server_was_there_is_not_lost() -> None:
-    assert lost(running(1), SUCCESS).state == "succeeded"
-    assert lost(running(1), FAILURE).state == "failed"
-    assert lost(running(1).cancelling(), None).state == "cancelled"
+    assert ended(running(1), SUCCESS, None).state == "succeeded"
+    assert ended(running(1), FAILURE, None).state == "failed"
+    assert ended(running(1).cancelling(), None, None).state == "cancelled"
 
 
 def ask(**changes: Any) -> Asked:

@@ -49,6 +49,21 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(clock: Clock) ->
     ]
 
 
+def test_what_is_counted_is_named(clock: Clock) -> None:
+    log, terminal = io.StringIO(), Terminal()
+    with reporter(log) as lines, reporter(terminal) as bar:
+        for each in (lines, bar):
+            each.begin("reading lengths", 1000, "examples")
+            clock.now += 4
+            each.advance(1000)
+    assert log.getvalue().splitlines() == [
+        "reading lengths: 1,000 examples",
+        "reading lengths: 1,000/1,000 examples (100 %), 250 examples/s, 0 s left",
+    ]
+    assert "examples/s" in terminal.getvalue()
+    assert "rows" not in terminal.getvalue()
+
+
 def test_a_terminal_gets_a_bar_with_rate_and_time_left_and_notes_above_it() -> None:
     terminal = Terminal()
     with reporter(terminal) as bar:

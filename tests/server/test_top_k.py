@@ -12,15 +12,15 @@ from logitcache.server.top_k import Rows, faulty_rows, select_top_k
 TEMPERATURES = (0.5, 1.0, 4.0)
 
 
-def spec(k: int, dtype: str = "float32", classes: int = 20) -> RowSpec:
-    return RowSpec(k, "uint16" if classes <= 65_536 else "uint32", dtype, TEMPERATURES)
+def spec(k: int, dtype: str = "float32", classes: int = 20, targets: bool = False) -> RowSpec:
+    return RowSpec(k, "uint16" if classes <= 65_536 else "uint32", dtype, TEMPERATURES, targets=targets)
 
 
 def as_soft_labels(rows: Rows) -> SoftLabels:
     count = len(rows.indices)
     scalars = rows.scalars
     return SoftLabels(
-        rows.indices, rows.logits, scalars[:, 0], scalars[:, 1:], np.zeros(count, np.uint64), TEMPERATURES
+        rows.indices, rows.logits, scalars[:, 0], scalars[:, 1:4], np.zeros(count, np.uint64), TEMPERATURES
     )
 
 
@@ -84,6 +84,59 @@ def test_rows_that_are_no_distribution_are_named_with_the_reason() -> None:
     logits = torch.zeros(5, 4)
     logits[1, 2], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
     logits[4, :3] = -torch.inf
-    assert faulty_rows(logits) == {1: "NaN", 2: "+inf", 3: "-inf for every class"}
+    assert faulty_rows(select_top_k(logits, spec(2))) == {1: "NaN", 2: "+inf", 3: "-inf for every class"}
     logits[1, 0] = torch.inf
-    assert faulty_rows(logits)[1] == "NaN"
+    assert faulty_rows(select_top_k(logits, spec(2)))[1] == "NaN"
+
+
+def test_chunks_of_any_size_give_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(7, 5, 40_000, generator=generator) * 4
+    lengths = [5, 1, 3, 5, 1, 2, 4]
+    targets = np.arange(sum(lengths), dtype=np.int32) - 1
+    asked = spec(9, "float16", 40_000, targets=True)
+    whole = select_top_k(logits, asked, lengths=lengths, targets=targets)
+    for rows in (1, 2, 3, 4, 20):
+        parts = select_top_k(logits, asked, lengths=lengths, targets=targets, chunk_bytes=rows * 2 * 4 * 40_000)
+        for name in ("indices", "logits", "scalars"):
+            assert getattr(parts, name).tobytes() == getattr(whole, name).tobytes(), f"{rows} rows a chunk: {name}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_rows_of_token_data_are_those_of_each_row_alone_and_padding_is_not_read(dtype: torch.dtype) -> None:
+    logits = (torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    lengths = np.array([2, 4, 1])
+    for example, length in enumerate(lengths):
+        logits[example, length:] = torch.nan
+    real = torch.cat([logits[example, :length] for example, length in enumerate(lengths)])
+    together, alone = select_top_k(logits, spec(5), lengths=lengths), select_top_k(real, spec(5))
+    assert faulty_rows(together) == {}
+    assert together.scalars.tobytes() == alone.scalars.tobytes()
+    assert together.logits.tobytes() == alone.logits.tobytes()
+    assert np.array_equal(together.indices, alone.indices)
+
+
+def test_logits_in_any_memory_layout_give_the_same_rows() -> None:
+    logits = torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(1))
+    turned = logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert not turned.is_contiguous()
+    one, other = (select_top_k(each, spec(5), lengths=[4, 4, 3]) for each in (logits, turned))
+    assert one.scalars.tobytes() == other.scalars.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_the_logit_of_a_target_is_centred_and_unrounded_stored_among_the_k_or_not(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1.1, 4.3, 2.7, -torch.inf]]).to(dtype).repeat(5, 1)
+    targets = np.array([0, 1, 2, 3, -1], np.int32)
+    found = select_top_k(logits, spec(1, "float16", 4, targets=True), targets=targets).scalars[:, -1]
+    wide = logits[0].double()
+    assert np.allclose(found[:3], (wide[:3] - 4.3).numpy(), rtol=0, atol=0.01 if dtype == torch.float16 else 1e-6)
+    assert np.isneginf(found[3])
+    assert np.isnan(found[4])
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = torch.randn(5, 20, dtype=torch.float32)
+    before = logits.clone()
+    select_top_k(logits, spec(3))
+    assert torch.equal(logits, before)

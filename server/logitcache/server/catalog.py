@@ -104,11 +104,24 @@ class Catalog:
             away.retry_after_s = AWAY_S
             raise away from error
         self._looked_at = time.monotonic()
-        for name, (manifest, _) in list(self._open.items()):
-            if name not in self._names or self._manifest(name) != manifest:
+        for name in list(self._open):
+            if name not in self._names or not self._still_stands(name):
                 _log.info("label set closed", label_set=name, why="its folder is gone or was replaced")
                 self._forget(name)
         return self._names
+
+    def _still_stands(self, name: str) -> bool:
+        """The open label set is the one in its folder; it may have grown, which gives it another manifest."""
+        manifest, label_set = self._open[name]
+        if (now := self._manifest(name)) == manifest:
+            return True
+        try:
+            if label_set.is_replaced:
+                return False
+        except LogitcacheError:
+            return False  # opening it anew tells what is wrong
+        self._open[name] = (now, label_set)
+        return True
 
     def _open_one(self, name: str) -> LocalLabelSet:
         try:

@@ -20,7 +20,7 @@ from logitcache.labels.identity import check_name
 from logitcache.server.jobs.recording import recorded
 from logitcache.server.listing import page, table
 from logitcache.server.names import not_found
-from logitcache.server.rows_json import parse_id, rows_to_json
+from logitcache.server.rows_json import fetch_rows, is_whole_number, parse_id, parse_rows, rows_to_json
 from logitcache.server.terminal import Commands, extra, sigterm_as_interrupt, store_option
 from logitcache.storage import LocalLabelSet, label_set_names
 
@@ -60,7 +60,7 @@ def open_label_set(
 @click.option(
     "--temperature", "temperatures", multiple=True, type=float, help="Declare one besides 1; may be repeated."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a forward pass.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a forward pass.  [default: 256; 16 of tokens]")
 @click.option("--device", help="Where the teacher runs, as torch names it.  [default: a GPU if there is one]")
 @click.option(
     "--dtype",
@@ -77,11 +77,17 @@ def open_label_set(
     show_default=True,
     help="Processes that read the dataset.",
 )
+@click.option(
+    "--targets/--no-targets",
+    default=None,
+    help="Store the dataset's targets, and the teacher's logits of them.  [default: where it gives whole numbers]",
+)
 @click.option("--plan", "only_plan", is_flag=True, help="Say how large it gets and how long it takes, and stop.")
 def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: Any) -> None:
     """Label a dataset with a teacher, as NAME.
 
-    The same line again resumes what was interrupted. The working folder is importable in a SPEC.
+    The same line again resumes what was interrupted, and appends what the dataset has more by now. The working folder
+    is importable in a SPEC.
 
     \b
     Example:
@@ -96,13 +102,14 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
         request = Request(temperatures=temperatures, **arguments)
         try:
             with sigterm_as_interrupt():
-                if only_plan:
-                    click.echo(str(plan(request)))
-                    return
                 with reporter(file=job.progress) as watcher:
-                    summary = run(request, watcher)
-                job.succeeded(summary.digest)
-                click.echo(str(summary))
+                    if only_plan:
+                        told = str(plan(request, watcher))
+                    else:
+                        summary = run(request, watcher)
+                        told = str(summary)
+                        job.succeeded(summary.digest)
+                click.echo(told)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 "interrupted; what is committed is kept, and the same line again goes on from there"
@@ -196,12 +203,22 @@ def info(name: str, store: Path, as_json: bool) -> None:
     click.echo(json.dumps(description.to_json(), indent=2) if as_json else page(description))
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+class _TakingIds(click.Command):
+    """A command whose arguments may begin with a dash: whole numbers anywhere, and anything after ``--``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["after_dashes"] = len(args) - args.index("--") - 1 if "--" in args else 0
+        return super().parse_args(ctx, args)
+
+
+# A negative id looks like an option to click, so options that it does not know come as ids.
+@cli.command(cls=_TakingIds, context_settings={"ignore_unknown_options": True})
 @click.argument("name")
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @store_option
+@click.option("--rows", metavar="START:STOP", help="Which rows of each example, where it has a row a token.")
 @click.option("--view", default=0, show_default=True, help="Which augmentation.")
-@click.option("--digest", help="Fail unless this is the content.")
+@click.option("--digest", help="The generation to read; fail unless the label set has it.")
 @click.option(
     "--on-missing",
     type=click.Choice(["error", "mask"]),
@@ -210,23 +227,26 @@ def info(name: str, store: Path, as_json: bool) -> None:
     help="What to do about ids without labels.",
 )
 @click.pass_context
-def fetch(ctx: click.Context, /, name: str, ids: tuple[str, ...], store: Path, **options: Any) -> None:
+def fetch(
+    ctx: click.Context, /, name: str, ids: tuple[str, ...], store: Path, rows: str | None, **options: Any
+) -> None:
     """Print soft labels of examples as JSON.
 
-    It is what the server answers to the same ids.
+    It is what the server answers to the same ids. Where ids are texts, write -- before one that begins with a dash.
 
     \b
     Example:
       logitcache fetch digits 3 1 4
+      logitcache fetch books --rows 0:512 -- moby-dick/7 -draft-
     """
-    # A negative id looks like an option to click, so unknown options come here as ids.
-    known = [name for option in ctx.command.params for name in option.opts]
-    for option in ids:
-        if option.startswith("--"):
-            raise click.NoSuchOption(option, possibilities=known, ctx=ctx)
-    wanted = list(map(parse_id, ids))
+    known = [option for parameter in ctx.command.params for option in parameter.opts]
+    for option in ids[: max(0, len(ids) - ctx.meta["after_dashes"])]:
+        if option.startswith("-") and option != "-" and not is_whole_number(option):
+            message = f"No such option: {option}; an id that begins with a dash goes after --."
+            raise click.NoSuchOption(option, message, known, ctx)
     with open_label_set(store, name) as label_set:
-        click.echo(json.dumps(rows_to_json(label_set.fetch(wanted, **options))))
+        wanted = [parse_id(id, label_set.layout.identity.ids) for id in ids]
+        click.echo(json.dumps(rows_to_json(fetch_rows(label_set, wanted, rows=parse_rows(rows), **options))))
 
 
 @cli.command()
@@ -266,28 +286,29 @@ def verify(name: str, store: Path) -> None:
 
 
 @cli.command()
+@click.argument("part", required=False, type=click.Choice(["digits", "language"]))
 @click.option(
     "--out",
     default="./demo-output",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder for the label set, the table and the plot.",
+    help="Folder for the label sets, the tables and the plots.",
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Students a method.")
 @click.option("--quick", is_flag=True, help="A smaller run, to see that it works.")
-def demo(out: Path, seeds: int, quick: bool) -> None:
-    """Distil digits with cached labels, and compare.
+def demo(part: str | None, out: Path, seeds: int, quick: bool) -> None:
+    """Distil with cached labels, and compare: of digits and of a language, or of PART alone.
 
     The same student, from the same seeds: on hard labels only, with the live teacher, and from cached labels over HTTP.
 
     \b
     Example:
-      logitcache demo --seeds 1 --quick
+      logitcache demo digits --seeds 1 --quick
     """
     with extra("demo", "demo"):
         from logitcache.server.demo import main as demonstration
     with sigterm_as_interrupt():
-        demonstration.run(out, seeds, quick)
+        demonstration.run(out, seeds, quick, part)
 
 
 def main() -> None:

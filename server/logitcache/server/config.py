@@ -23,16 +23,17 @@ ENVIRONMENT = "LOGITCACHE_"
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Spec = Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$")]
-
+_NAME, _SPEC, _WORD = r"^[a-z0-9][a-z0-9._-]{0,63}$", r"^[^:\s\x00]+:[^:\s\x00]+$", r"^[^\x00]+$"
 _SAID: Mapping[str, str] = {
-    r"^[a-z0-9][a-z0-9._-]{0,63}$": (
-        "a name is 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit (in quotes if it has a '.')"
-    ),
-    r"^[^:\s]+:[^:\s]+$": "a spec is module:callable, as in my_project.models:teacher",
+    _NAME: "a name is 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit (in quotes if it has a '.')",
+    _SPEC: "a spec is module:callable, as in my_project.models:teacher",
+    _WORD: "it must not be empty, nor hold NUL",
 }
 """Patterns in words."""
+
+Name = Annotated[str, Field(pattern=_NAME)]
+Spec = Annotated[str, Field(pattern=_SPEC)]
+Word = Annotated[str, Field(pattern=_WORD)]
 
 
 class ServerOptions(BaseModel):
@@ -53,7 +54,7 @@ class RegisteredTeacher(BaseModel):
     model_config = _STRICT
 
     spec: Spec
-    device: str | None = Field(default=None, min_length=1)
+    device: Word | None = None
 
 
 class RegisteredDataset(BaseModel):
@@ -75,7 +76,7 @@ class Config(BaseSettings):
         strict=True, extra="forbid", frozen=True, env_prefix=ENVIRONMENT, env_nested_delimiter="__"
     )
 
-    store: str | None = Field(default=None, min_length=1)
+    store: Word | None = None
     server: ServerOptions = ServerOptions()
     teachers: dict[Name, RegisteredTeacher] = {}
     datasets: dict[Name, RegisteredDataset] = {}
@@ -100,22 +101,32 @@ class Config(BaseSettings):
             InvalidRequest: it is not there, is not TOML, or says something that cannot be; with the line and the key.
         """
         try:
-            text = file.read_bytes().decode()
+            # Editors of Windows begin a file with a byte order mark.
+            text = file.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise InvalidRequest(f"the configuration {file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise InvalidRequest(f"the configuration {file} is not UTF-8 text, as TOML must be") from None
         try:
-            config = cls(**tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            last = f"(at line {len(text.splitlines())}, the last)"
+            values = tomllib.loads(text)
+        # Beside its own errors the parser raises what Python says of a number of thousands of digits, or of nesting.
+        except (ValueError, RecursionError) as error:
+            last = f"(at line {len(_lines(text))}, the last)"
             words = str(error).replace("(at end of document)", last)
             raise InvalidRequest(f"{file} is not TOML: {words}; mend it there", file=str(file)) from None
+        # pydantic-settings would take these for options of its own.
+        if options := [{"type": "extra_forbidden", "loc": (key,)} for key in values if key.startswith("_")]:
+            raise InvalidRequest(_told(file, text, options), file=str(file))
+        try:
+            config = cls(**values)
         except SettingsError as error:
-            raise InvalidRequest(f"an environment variable {ENVIRONMENT}… cannot be read: {error}") from None
+            variable = ENVIRONMENT + str(error).partition('field "')[2].partition('"')[0].upper()
+            raise InvalidRequest(f"environment variable {variable}: it must be a table, as JSON") from None
         except ValidationError as error:
-            raise InvalidRequest(_told(file, text, error), file=str(file)) from None
-        config._folder = file.absolute().parent
+            found = error.errors(include_url=False, include_context=True, include_input=False)
+            raise InvalidRequest(_told(file, text, found), file=str(file)) from None
+        # As the system names it to a job that runs there, so that it can be taken out of messages.
+        config._folder = file.absolute().parent.resolve()
         return config
 
     @property
@@ -129,17 +140,34 @@ class Config(BaseSettings):
         return None if self.store is None else self._folder / self.store
 
 
-def _told(file: Path, text: str, error: ValidationError) -> str:
+def _told(file: Path, text: str, found: Sequence[Mapping[str, Any]]) -> str:
     """pydantic's complaints as one message, in the order of the file; unknown keys alone if there are any.
 
-    A misspelt key is most often the very one that is then missing.
+    A misspelt key is most often the very one that is then missing. What the environment said is told with its variable.
     """
-    found = error.errors(include_url=False, include_context=True, include_input=False)
-    unknown = [one for one in found if one["type"] == "extra_forbidden"]
     source = _Source(text)
-    told = sorted((source.line_of(_keys(one["loc"])), _complaint(one)) for one in unknown or found)
-    lines = [f"{file}, line {line}: {words}" for line, words in told[:SHOWN]]
+
+    def place(error: Mapping[str, Any]) -> tuple[int, str]:
+        keys = _keys(error["loc"][:-1] if error["type"] == "missing" else error["loc"])
+        line, whole = source.line_of(keys)
+        variable = _variable(keys, whole)
+        return (0, f"environment variable {variable}") if variable else (line, f"{file}, line {line}")
+
+    unknown = [one for one in found if one["type"] == "extra_forbidden"]
+    told = sorted((*place(one), _complaint(one)) for one in unknown or found)
+    lines = [f"{where}: {words}" for _, where, words in told[:SHOWN]]
     return "; ".join(lines) + (f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else "")
+
+
+def _variable(keys: Sequence[str], in_file: bool) -> str | None:
+    """The environment variable that says this; where the file does not say it, one that says a part of it or more."""
+    wanted = f"{ENVIRONMENT}{'__'.join(keys)}".upper()
+    for name in sorted(os.environ):
+        said = name.upper()
+        part = said.startswith(f"{wanted}__") or wanted.startswith(f"{said}__")
+        if said == wanted or (part and not in_file):
+            return name
+    return None
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:
@@ -154,12 +182,10 @@ def _complaint(error: Mapping[str, Any]) -> str:
         return f"there is no {name!r} in a configuration; {near_or_all(keys[-1], _allowed(keys[:-1]))}"
     if error["type"] == "missing":
         return f"{'.'.join(keys[:-1])!r} lacks {keys[-1]!r}"
-    variable = ENVIRONMENT + "__".join(keys).upper()
-    where = f"{name!r}, set by {variable}" if variable in os.environ else repr(name)
     if error["type"] == "model_type":
-        return f"{where} must be a table, [{name}], with {' and '.join(_allowed(keys))}"
+        return f"{name!r} must be a table, [{name}], with {' and '.join(_allowed(keys))}"
     words = _SAID.get(str(error.get("ctx", {}).get("pattern")), str(error["msg"]))
-    return f"{where}: {words.replace('Input', 'it', 1).replace('a valid dictionary', 'a table')}"
+    return f"{name!r}: {words.replace('Input', 'it', 1).replace('a valid dictionary', 'a table')}"
 
 
 def _allowed(table: Sequence[str]) -> Iterable[str]:
@@ -176,11 +202,13 @@ class _Source:
     """The text of a TOML file, to find the line of a key: the parser keeps none."""
 
     def __init__(self, text: str) -> None:
-        self._lines = text.splitlines()
+        self._lines = _lines(text)
 
-    def line_of(self, keys: Sequence[str]) -> int:
-        """Number of the first line that names most of these keys, from 1."""
-        return max(self._named, key=lambda found: (_common(found[1], keys), -found[0]), default=(1, ()))[0]
+    def line_of(self, keys: Sequence[str]) -> tuple[int, bool]:
+        """Number of the first line that names most of these keys, from 1, and whether it names all of them."""
+        nothing: tuple[int, list[str]] = (1, [])
+        number, path = max(self._named, key=lambda found: (_common(found[1], keys), -found[0]), default=nothing)
+        return number, _common(path, keys) == len(keys)
 
     @cached_property
     def _named(self) -> list[tuple[int, list[str]]]:
@@ -192,8 +220,15 @@ class _Source:
             if line.lstrip().startswith("["):
                 table = _path(line) or table
                 yield number, table
-            elif match := re.match(r"\s*([^=#]+?)\s*=", line):
-                yield number, table + _path(f"{match[1]} = 0")
+            else:
+                # A quoted key may hold an equals sign itself.
+                keys = (_path(f"{line[: sign.start()]}= 0") for sign in re.finditer("=", line))
+                yield number, table + next(filter(None, keys), [])
+
+
+def _lines(text: str) -> list[str]:
+    """Its lines as TOML counts them: `str.splitlines` knows more ends of lines."""
+    return [line.removesuffix("\r") for line in text.rstrip("\n").split("\n")]
 
 
 def _path(line: str) -> list[str]:

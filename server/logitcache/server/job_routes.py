@@ -1,6 +1,7 @@
 """The routes of jobs: each a few lines over the queue. Without a configuration they say how to give one."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -13,6 +14,9 @@ from logitcache.server.jobs.queue import Jobs
 from logitcache.server.messages import JSON, media_type, read_body
 
 jobs = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=openapi.PROBLEMS)
+
+MOST_BYTES = 64 << 10
+"""A longer request for a job is refused: each unknown field in it would be a complaint of its own."""
 
 
 async def _jobs(request: Request) -> Jobs:
@@ -35,10 +39,11 @@ async def ask_for_a_job(queue: InQueue, request: Request, response: Response) ->
     failed or was cancelled is queued anew, one that succeeded only with `again`."""
     if media_type(request.headers.get("content-type")) != JSON:
         raise RequestRefused(f"a job is asked for in JSON: send {JSON} and say so in Content-Type", status=415)
-    try:
+    body = None
+    with suppress(TooManyRows):
         body = await read_body(request, JSON)
-    except TooManyRows:
-        raise RequestRefused("a request for a job takes some hundred bytes: send the names alone", status=413) from None
+    if body is None or len(body) > MOST_BYTES:
+        raise RequestRefused("a request for a job takes some hundred bytes: send the names alone", status=413)
     job, queued = await run_in_threadpool(lambda: queue.ask(parse_asked(body)))
     response.status_code = 202 if queued else 200
     response.headers["Location"] = f"{jobs.prefix}/{job.id}"

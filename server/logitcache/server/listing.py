@@ -5,11 +5,26 @@ Pure functions of descriptions; knows nothing of stores or of click.
 
 from collections.abc import Iterable, Sequence
 
-from logitcache.labels.label_set import Description
-from logitcache.server.wording import size
+from logitcache.labels.label_set import Description, Sealed
+from logitcache.server.wording import counted, size
 
-HEADINGS = ("NAME", "EXAMPLES", "LABELLED", "TOP-K", "CLASSES", "SIZE", "TEACHER", "DIGEST")
-_LEFT = frozenset({"NAME", "TEACHER", "DIGEST"})
+HEADINGS = (
+    "NAME",
+    "EXAMPLES",
+    "LABELLED",
+    "ROWS",
+    "ALIGNMENT",
+    "IDS",
+    "TOP-K",
+    "CLASSES",
+    "SIZE",
+    "TEACHER",
+    "DIGEST",
+)
+_LEFT = frozenset({"NAME", "ALIGNMENT", "IDS", "TEACHER", "DIGEST"})
+
+_ALIGNMENTS = {"pointwise": "pointwise: a row an example", "causal": "causal: a row a token"}
+_IDS = {"ordinal": "the examples' ordinals", "integer": "whole numbers of the dataset", "text": "texts"}
 
 
 def table(descriptions: Iterable[Description]) -> str:
@@ -25,6 +40,9 @@ def _cells(description: Description) -> tuple[str, ...]:
         description.name,
         f"{description.examples:,}",
         labelled(description),
+        f"{description.rows:,}",
+        identity.alignment,
+        identity.ids,
         str(identity.k),
         f"{identity.classes:,}",
         size(description.label_bytes),
@@ -48,21 +66,35 @@ def page(description: Description) -> str:
         "name": description.name,
         "digest": description.digest or "none yet: run its precompute again to finish it",
         "generation": "none yet" if description.generation is None else str(description.generation),
+        **{f"generation {each.number}": _generation(each) for each in description.generations[:-1]},
         "teacher": identity.teacher.name,
         "weights": identity.teacher.weights,
         "preprocessing": identity.teacher.preprocessing or "not told",
         "examples": f"{description.examples:,}",
         "labelled": f"{description.labelled:,} ({labelled(description)})",
+        "ids": _IDS[identity.ids],
+        "rows": f"{description.rows:,} labelled; {_ALIGNMENTS[identity.alignment]}",
+        "targets": "stored, with their logits" if identity.targets else "not stored",
         "stored": f"top {identity.k} of {identity.classes:,} classes as {identity.dtype}",
         "temperatures": ", ".join(f"{value:g}" for value in identity.temperatures),
         "shards": f"{shards.committed:,} of {shards.total:,} committed, {shards.damaged:,} damaged",
         "size": size(description.label_bytes),
-        "a fetch": f"at most {description.limits.rows_a_fetch(description.row_spec.row_bytes):,} examples",
+        "a fetch": _limits(description),
     }
     for temperature, mass in description.retained_mass.items():
         facts[f"retained at T={temperature}"] = f"{mass['mean']:.4%} on average, {mass['min']:.4%} at least"
     width = max(map(len, facts))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+
+
+def _generation(sealed: Sealed) -> str:
+    return f"{sealed.digest}, {counted(sealed.examples, 'example')}"
+
+
+def _limits(description: Description) -> str:
+    limits, spec = description.limits, description.row_spec
+    most = f"at most {limits.examples_a_fetch(spec):,} examples"
+    return f"{most}, and {limits.response_bytes // spec.row_bytes:,} rows" if spec.ragged else most
 
 
 def labelled(description: Description) -> str:

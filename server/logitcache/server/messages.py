@@ -1,20 +1,22 @@
-"""What a fetch request may look like on the wire, and in which form its answer goes.
+"""What a request about examples may look like on the wire, and in which form its answer goes.
 
-Two media types each way: safetensors for programs, JSON for people. Parsing is pure; reading a body is bounded before
-anything is allocated. Knows nothing of label sets.
+Two media types each way: safetensors for programs, JSON for people. A text id travels as its text in JSON and as its
+key in safetensors. Parsing is pure; reading a body is bounded before anything is allocated. Knows nothing of label
+sets.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
 from starlette.requests import Request
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
-from logitcache.labels.ids import as_ids
+from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import OnMissing
 from logitcache.server.problems import invalid_request
 from logitcache.server.record import Record
@@ -24,40 +26,89 @@ SAFETENSORS = wire.MEDIA_TYPE
 OFFERED = (SAFETENSORS, JSON)
 
 MAX_REQUEST_BYTES = {SAFETENSORS: 16 << 20, JSON: 2 << 20}
-"""A longer request body is not read: as many ids as a label set's default limits allow take half a MiB, and JSON is
-parsed at some 4 MB/s in the worst case, during which nothing else runs."""
+"""A longer request body is not read: as many ids as a label set's default limits allow take half a MiB, keys of texts
+with a range each 2 MiB, and JSON is parsed at some 4 MB/s in the worst case, during which nothing else runs."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _ON_MISSING: dict[str, OnMissing] = {"error": "error", "mask": "mask"}
 
 
-class FetchBody(BaseModel):
-    """A fetch request in JSON."""
+_TAGS = frozenset({"whole numbers", "texts", "one range", "a range each"})
+"""Names of alternatives that pydantic puts into the place of an error; the client wrote none of them."""
+
+
+def _kind_of_ids(ids: Any) -> str:
+    return "texts" if isinstance(ids, list) and ids and isinstance(ids[0], str) else "whole numbers"
+
+
+def _kind_of_rows(rows: Any) -> str:
+    return "a range each" if isinstance(rows, list) and rows and isinstance(rows[0], list) else "one range"
+
+
+class _FirstOnly(FailFast):
+    """One wrong id is enough to refuse: a million complaints would cost more than the labels."""
+
+    # A union of annotated types wants hashes, and pydantic's own mark has none.
+    __hash__ = object.__hash__
+
+
+_IdList = Annotated[
+    Annotated[list[int], _FirstOnly(), Tag("whole numbers")] | Annotated[list[str], _FirstOnly(), Tag("texts")],
+    Discriminator(_kind_of_ids),
+]
+_Rows = Annotated[
+    Annotated[tuple[int, int], Tag("one range")] | Annotated[list[tuple[int, int]], _FirstOnly(), Tag("a range each")],
+    Discriminator(_kind_of_rows),
+]
+
+
+class MissingBody(BaseModel):
+    """A question which of these examples have no labels, in JSON."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    # One wrong id is enough to refuse: a million complaints would cost more than the labels.
-    ids: Annotated[list[int], FailFast()] = Field(
-        description="Ids of the examples; order and duplicates are kept.", examples=[[3, 1, 4]]
+    ids: _IdList = Field(
+        description="Ids of the examples, all whole numbers or all texts; order and duplicates are kept.",
+        examples=[[3, 1, 4], ["n0144_17", "train/7"]],
+    )
+    digest: str | None = Field(None, description="The generation meant; another label set answers 409 digest-changed.")
+
+
+class FetchBody(MissingBody):
+    """A fetch request in JSON."""
+
+    rows: _Rows | None = Field(
+        None,
+        description="First row and the row after the last, for all examples or one pair an example; causal label sets "
+        "alone. All rows unless given.",
+        examples=[[0, 512], [[0, 512], [512, 1024], [0, 7]]],
     )
     view: int = Field(0, description="Which augmentation; label sets of this version have one, 0.")
-    digest: str | None = Field(None, description="The content expected; another is answered with 409 digest-changed.")
     on_missing: OnMissing = Field("error", description="What to do about ids without labels.")
+
+
+@dataclass(frozen=True)
+class MissingRequest:
+    """A question about ids as `LocalLabelSet.states` takes it."""
+
+    ids: Ids
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
 class FetchRequest:
     """A fetch request as `LocalLabelSet.fetch` takes it."""
 
-    ids: np.ndarray
+    ids: Ids
+    rows: Any = None
     view: int = 0
     digest: str | None = None
     on_missing: OnMissing = "error"
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `fetch` and `fetch_body`."""
-        return {"view": self.view, "digest": self.digest, "on_missing": self.on_missing}
+        return {"rows": self.rows, "view": self.view, "digest": self.digest, "on_missing": self.on_missing}
 
 
 def media_type(content_type: str | None) -> str:
@@ -140,33 +191,69 @@ def parse_fetch(body: bytes, kind: str) -> FetchRequest:
         RequestRefused, MalformedMessage: the body does not parse at all.
         InvalidIds, InvalidRequest: it parses and says something that cannot be.
     """
-    return _parse_json(body) if kind == JSON else _parse_safetensors(body)
-
-
-def _parse_json(body: bytes) -> FetchRequest:
-    try:
-        parsed = FetchBody.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        if found[0]["type"] == "json_invalid":
-            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
-        raise invalid_request(found) from None
-    return FetchRequest(as_ids(parsed.ids), parsed.view, _digest(parsed.digest), parsed.on_missing)
-
-
-def _parse_safetensors(body: bytes) -> FetchRequest:
-    arrays, options = wire.parse(body)
-    if set(arrays) != {"ids"} or arrays["ids"].dtype != np.int64:
-        found = shown(f"{name[:40]} ({array.dtype})" for name, array in arrays.items()) or "nothing"
-        raise InvalidIds(f"a fetch request holds one array, ids (int64); this one holds {found}")
-    if unknown := sorted(set(options) - {"view", "digest", "on_missing"}):
-        raise InvalidRequest(f"a fetch request has no option {unknown[0][:40]!r}; it has view, digest and on_missing")
+    if kind == JSON:
+        asked = _parse_json(FetchBody, body)
+        return FetchRequest(as_ids(asked.ids), asked.rows, asked.view, _digest(asked.digest), asked.on_missing)
+    ids, rows, options = _parse_safetensors("fetch", body, {"view", "digest", "on_missing"})
     view = options.get("view", "0")
     if not (view.removeprefix("-").isascii() and view.removeprefix("-").isdecimal() and len(view) < 20):
         raise InvalidRequest(f"view: {view[:40]!r} is not a whole number")
     if (on_missing := _ON_MISSING.get(options.get("on_missing", "error"))) is None:
         raise InvalidRequest(f"on_missing: {options['on_missing'][:40]!r} is neither 'error' nor 'mask'")
-    return FetchRequest(as_ids(arrays["ids"]), int(view), _digest(options.get("digest")), on_missing)
+    return FetchRequest(ids, rows, int(view), _digest(options.get("digest")), on_missing)
+
+
+def parse_missing(body: bytes, kind: str) -> MissingRequest:
+    """A question about ids out of a body; errors as in `parse_fetch`."""
+    if kind == JSON:
+        asked = _parse_json(MissingBody, body)
+        return MissingRequest(as_ids(asked.ids), _digest(asked.digest))
+    ids, rows, options = _parse_safetensors("missing", body, {"digest"})
+    if rows is not None:
+        raise InvalidRequest("rows: whether an example has labels is not asked by the row")
+    return MissingRequest(ids, _digest(options.get("digest")))
+
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def _parse_json(model: type[_Body], body: bytes) -> _Body:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        if found[0]["type"] == "json_invalid":
+            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
+        raise invalid_request([_told(entry) for entry in found]) from None
+
+
+def _told(error: Mapping[str, Any]) -> dict[str, Any]:
+    """A complaint of pydantic with the place as the client wrote it."""
+    return {"loc": tuple(part for part in error["loc"] if part not in _TAGS), "msg": error["msg"]}
+
+
+def _parse_safetensors(what: str, body: bytes, known: set[str]) -> tuple[Ids, np.ndarray | None, dict[str, str]]:
+    arrays, options = wire.parse(body)
+    ids = arrays.get("ids")
+    if ids is None or set(arrays) - {"ids", "rows"} or ids.dtype not in (np.int64, np.uint64):
+        found = shown(f"{name[:40]} ({array.dtype})" for name, array in arrays.items()) or "nothing"
+        raise InvalidIds(
+            f"a {what} request holds an array ids (int64 (ids,), or uint64 (ids, 2) for the keys of texts) "
+            f"and may hold rows (int64); this one holds {found}"
+        )
+    rows = arrays.get("rows")
+    if rows is not None and rows.dtype != np.int64:
+        raise InvalidRequest(f"rows: {rows.dtype} is not int64")
+    if unknown := sorted(set(options) - known):
+        raise InvalidRequest(f"a {what} request has no option {unknown[0][:40]!r}; it has {', '.join(sorted(known))}")
+    return (as_ids(ids) if ids.dtype == np.int64 else _keys(ids)), rows, options
+
+
+def _keys(keys: np.ndarray) -> Ids:
+    """Ids by the keys of their texts; see `logitcache.labels.ids.text_keys`."""
+    if keys.ndim != 2 or keys.shape[1] != 2 or not len(keys):
+        raise InvalidIds(f"ids: keys of texts are uint64 (ids, 2) with at least one id, not of shape {keys.shape}")
+    return Ids(keys)
 
 
 def _digest(text: str | None) -> str | None:

@@ -1,27 +1,29 @@
 """Precompute: every example of a dataset labelled once by a teacher, shard by shard, and sealed.
 
-The same call again continues: committed shards are checked against the dataset and not labelled a second time. Whatever
-goes wrong, what was committed stays. It knows no HTTP.
+The same call again continues: committed shards are checked against the dataset and not labelled a second time, and what
+the dataset has more than the label set is appended. Whatever goes wrong, what was committed stays. It knows no HTTP.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 
-from logitcache.labels.errors import DatasetChanged, shown
-from logitcache.server.datasets import Batch, worker_death
-from logitcache.server.preparation import Prepared, Request, prepare, soft_labels
+from logitcache.labels.errors import shown
+from logitcache.server.batches import Batch
+from logitcache.server.comparison import check_appended, check_labelled
+from logitcache.server.datasets import worker_deaths_told
+from logitcache.server.labelling import ShardArrays, label
+from logitcache.server.preparation import Prepared, Request, prepare
 from logitcache.server.progress import Reporter, Silent
 from logitcache.server.space import check_space
-from logitcache.server.top_k import Rows
-from logitcache.server.wording import counted, retained_lines, size
+from logitcache.server.wording import counted, extent, retained_lines, size
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Places
+from logitcache.storage.layout import Layout
+from logitcache.storage.places import Places
+from logitcache.storage.records import Generation
 from logitcache.storage.statistics import read_retained, retained_mass, summed
 from logitcache.storage.writer import LabelSetWriter
 
@@ -30,29 +32,34 @@ from logitcache.storage.writer import LabelSetWriter
 class Summary:
     """What a finished precompute has to say; ``str`` of it is what the command prints.
 
-    ``retained_mass`` gives mean and minimum by temperature over the whole label set, ``repaired`` the shards of a
-    sealed label set that had to be labelled again, ``reproduced`` whether that gave the very bytes that were sealed
-    before.
+    ``retained_mass`` gives mean and minimum by temperature over the whole label set, ``labelled`` is in rows,
+    ``appended`` in examples: those that the newest sealed generation had not. ``repaired`` are the shards of a sealed
+    label set that had to be labelled again, ``reproduced`` whether that gave the very bytes that were sealed before.
     """
 
     name: str
     digest: str
     generation: int
+    examples: int
     rows: int
     labelled: int
     shards: int
     label_bytes: int
     seconds: float
     retained_mass: dict[str, dict[str, float]]
+    appended: int = 0
     repaired: tuple[int, ...] = ()
     reproduced: bool = True
 
     def __str__(self) -> str:
         rate = f"{self.labelled:,} labelled now in {self.seconds:.1f} s" if self.labelled else "nothing left to label"
         lines = [
-            f"{self.name}: {self.rows:,} rows in {counted(self.shards, 'shard')}, {size(self.label_bytes)}; {rate}",
+            f"{self.name}: {extent(self.examples, self.rows)} in {counted(self.shards, 'shard')}, "
+            f"{size(self.label_bytes)}; {rate}",
             f"digest      {self.digest} (generation {self.generation})",
         ]
+        if self.appended:
+            lines.append(f"appended    {counted(self.appended, 'example')}; those before are as they were")
         if self.repaired:
             outcome = "the same bytes again" if self.reproduced else "other bytes, so this is a new generation"
             lines.append(f"repaired    shards {shown(self.repaired)}: {outcome}")
@@ -63,6 +70,9 @@ class Summary:
 def precompute(request: Request, reporter: Reporter | None = None, *, files: Files | None = None) -> Summary:
     """Label what is not labelled yet, and seal the label set. ``files`` is for tests that inject faults.
 
+    What the label set was begun over, or grew to before, is finished and sealed first; then it grows to what the
+    dataset has now, which is labelled and sealed as the next generation.
+
     Raises:
         LogitcacheError: as `preparation.prepare` and `storage.writer.LabelSetWriter` do, before any work.
         DatasetChanged: an example that is labelled already is another one now; it is named.
@@ -70,56 +80,24 @@ def precompute(request: Request, reporter: Reporter | None = None, *, files: Fil
         DiskFull: too little space for what is missing, or none left on the way.
     """
     reporter = reporter or Silent()
-    prepared = prepare(request)
-    layout, path = prepared.layout, request.path
+    prepared, path = prepare(request, reporter), request.path
     # Before anything is made: a refused run leaves nothing behind.
-    check_space(path, layout, prepared.missing())
-    with LabelSetWriter(
-        path, layout.identity, layout.examples, rows_per_shard=layout.rows_per_shard, files=files
-    ) as writer:
+    check_space(path, prepared.layout, prepared.missing())
+    with LabelSetWriter(path, prepared.layout, files=files) as writer:
         for problem in writer.quarantined.values():
             reporter.note(f"damaged: {problem}; moved to {path / 'quarantine'}, it will be labelled again")
-        sealed, missing = writer.generation, writer.missing
-        _check_labelled(prepared, writer, reporter)
+        prepared = prepared.over(writer.layout)
+        layout, sealed = prepared.layout, writer.generation
+        check_labelled(prepared, writer, reporter)
+        check_appended(prepared, writer, reporter)
+        missing = [*writer.missing, *range(writer.layout.shards, layout.shards)]
         check_space(path, layout, missing)
+        began = time.perf_counter()
         if missing:
             _note_settings(prepared, reporter)
-        labelled, seconds = _label_missing(prepared, writer, reporter)
-        generation = writer.seal()
-    return Summary(
-        name=request.name,
-        digest=generation.digest,
-        generation=generation.number,
-        rows=layout.examples,
-        labelled=labelled,
-        shards=layout.shards,
-        label_bytes=layout.shards * layout.shard_bytes,
-        seconds=seconds,
-        retained_mass=summed([read_retained(Places(path), shard) for shard in range(layout.shards)]),
-        repaired=tuple(missing) if sealed else tuple(writer.quarantined),
-        reproduced=sealed is None or sealed == generation,
-    )
-
-
-def _check_labelled(prepared: Prepared, writer: LabelSetWriter, reporter: Reporter) -> None:
-    """Compare every labelled example with the dataset as it is now."""
-    if not writer.committed:
-        return
-    spans = {shard: prepared.layout.span(shard) for shard in writer.committed}
-    reporter.begin("checking what is labelled", sum(map(len, spans.values())))
-    for shard, span in spans.items():
-        stored = writer.stored(shard, "fingerprint")[:, 0]
-        found = prepared.examples.fingerprints(span, prepared.request.loader_workers)
-        changed = (np.flatnonzero(stored != found) + span.start).tolist()
-        if changed:
-            raise DatasetChanged(
-                f"{len(changed):,} of the {len(span):,} examples of shard {shard} are not those that were labelled "
-                f"({shown(changed)}): the dataset was re-ordered or changed. "
-                "Nothing was changed: restore its order, or label it "
-                "under another name",
-                ids=changed,
-            )
-        reporter.advance(len(span))
+        generation = _label_all(prepared, writer, reporter, missing)
+        seconds = time.perf_counter() - began
+    return _summary(prepared, generation, sealed, missing, seconds)
 
 
 def _note_settings(prepared: Prepared, reporter: Reporter) -> None:
@@ -129,66 +107,53 @@ def _note_settings(prepared: Prepared, reporter: Reporter) -> None:
             f"batch size {prepared.batch_size} is not the {recorded} of the shards already labelled: "
             "rows may differ from theirs in the last bits"
         )
+    if appended := len(prepared.examples) - prepared.labelled:
+        reporter.note(f"the dataset grew: {counted(appended, 'example')} to append to {prepared.labelled:,}")
 
 
-def _label_missing(prepared: Prepared, writer: LabelSetWriter, reporter: Reporter) -> tuple[int, float]:
-    """Label and commit the missing shards in order; rows labelled, and seconds."""
-    missing = writer.missing
-    rows = sum(len(prepared.layout.span(shard)) for shard in missing)
-    began = time.perf_counter()
+def _label_all(prepared: Prepared, writer: LabelSetWriter, reporter: Reporter, missing: list[int]) -> Generation:
+    """Label and commit the missing shards in order, and seal: before the label set grows, and at the end."""
     if missing:
+        rows = sum(prepared.layout.shard_rows[shard] for shard in missing)
         reporter.begin(f"labelling {prepared.request.name}", rows)
-    batches = _batches(prepared, missing)
+    batches = prepared.examples.batches(prepared.batches(missing), prepared.request.loader_workers)
+    done, total = len(prepared.layout.shard_examples) - len(missing), prepared.layout.shards
     try:
-        for shard in missing:
-            _label_shard(prepared, writer, shard, batches, reporter)
-        return rows, time.perf_counter() - began
-    except BaseException as error:
-        done, total = len(writer.committed), prepared.layout.shards
+        with worker_deaths_told():
+            for shard in missing:
+                if shard == writer.layout.shards:
+                    _grow(writer, prepared.layout)
+                _label_shard(prepared, writer, shard, batches, reporter)
+                done += 1
+            return writer.seal()
+    except BaseException:
         reporter.note(f"stopped: {done:,} of {total:,} shards are committed and kept; the same command continues")
-        if death := worker_death(error):
-            raise death from error
         raise
     finally:
         batches.close()
 
 
-def _batches(prepared: Prepared, shards: list[int]) -> Generator[Batch, None, None]:
-    lists = list(chain.from_iterable(prepared.batches_of(shard) for shard in shards))
-    return prepared.examples.batches(lists, prepared.request.loader_workers)
+def _grow(writer: LabelSetWriter, layout: Layout) -> None:
+    writer.seal()
+    writer.grow(layout)
 
 
 def _label_shard(
     prepared: Prepared, writer: LabelSetWriter, shard: int, batches: Iterator[Batch], reporter: Reporter
 ) -> None:
     began = time.perf_counter()
-    ids: list[np.ndarray] = []
-    hashes: list[np.ndarray] = []
-    selected: list[Rows] = []
+    filled = ShardArrays(prepared.layout, shard, prepared.facts(shard))
     for _ in prepared.batches_of(shard):
         batch = next(batches)
-        selected.append(prepared.label(batch))
-        # The inputs must go: a shard of them may be gigabytes.
-        ids.append(batch.ids)
-        hashes.append(batch.fingerprints)
-        reporter.advance(len(batch.ids))
-    rows = Rows(
-        *(np.concatenate([getattr(part, name) for part in selected]) for name in ("indices", "logits", "scalars"))
-    )
-    fingerprints = np.concatenate(hashes)
-    arrays = {
-        "ids": np.concatenate(ids),
-        "fingerprint": fingerprints[:, None],
-        "indices": rows.indices,
-        "logits": rows.logits,
-        "scalars": rows.scalars,
-    }
+        filled.check(batch)
+        filled.put(batch, label(prepared.teacher, batch, prepared.layout))
+        reporter.advance(batch.rows)
     statistics = {
-        "retained_mass": retained_mass(soft_labels(rows, fingerprints, prepared.layout)),
+        "retained_mass": retained_mass(filled.soft_labels()),
         "seconds": time.perf_counter() - began,
         "run": _run_settings(prepared),
     }
-    writer.commit(shard, arrays, statistics)
+    writer.commit(shard, filled.arrays, statistics, filled.texts)
 
 
 def _run_settings(prepared: Prepared) -> dict[str, Any]:
@@ -200,3 +165,25 @@ def _run_settings(prepared: Prepared) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def _summary(
+    prepared: Prepared, generation: Generation, sealed: Generation | None, labelled: Sequence[int], seconds: float
+) -> Summary:
+    layout, places = prepared.layout, Places(prepared.request.path)
+    known = 0 if sealed is None else len(sealed.commits)
+    return Summary(
+        name=prepared.request.name,
+        digest=generation.digest,
+        generation=generation.number,
+        examples=layout.examples,
+        rows=layout.rows,
+        labelled=sum(layout.shard_rows[shard] for shard in labelled),
+        shards=layout.shards,
+        label_bytes=layout.used_bytes(layout.examples, layout.rows),
+        seconds=seconds,
+        retained_mass=summed([read_retained(places, shard) for shard in range(layout.shards)]),
+        appended=layout.examples - (prepared.labelled if sealed is None else sealed.examples),
+        repaired=tuple(shard for shard in labelled if shard < known),
+        reproduced=sealed is None or generation.commits[:known] == sealed.commits,
+    )

@@ -4,37 +4,40 @@
 disk, the writer's lock and changes of what is labelled already are the run's own to find.
 """
 
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from logitcache.labels.errors import InvalidRequest, LabelSetNotFound
 from logitcache.labels.identity import Dtype, Identity, check_name, declared
-from logitcache.labels.soft_labels import SoftLabels
-from logitcache.server.datasets import Batch, Examples, load_dataset
+from logitcache.server.datasets import Examples, load_dataset
+from logitcache.server.labelling import bucketed
+from logitcache.server.progress import Reporter, Silent
+from logitcache.server.survey import Facts, refuse_beyond, refuse_repeated
 from logitcache.server.teachers import Teacher, load_teacher
-from logitcache.server.top_k import Rows, select_top_k
-from logitcache.storage.layout import Layout, Places, default_rows_per_shard
+from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
+from logitcache.storage.packing import check_rows_per_shard, default_rows_per_shard
+from logitcache.storage.places import Places
 from logitcache.storage.records import numbered
 from logitcache.storage.statistics import read_statistics
-from logitcache.storage.terms import check_rows_per_shard, refuse_another
+from logitcache.storage.terms import refuse_another, refuse_fewer
 
 DEFAULT_BATCH_SIZE = 256
 """Examples a forward, unless told or recorded."""
 
-TRIAL_BATCHES = 3
-"""Batches that a trial labels; the first one warms up and is not timed."""
+DEFAULT_CAUSAL_BATCH_SIZE = 16
+"""Token sequences a forward, unless told or recorded: each may be thousands of rows."""
 
 
 @dataclass(frozen=True)
 class Request:
     """What ``logitcache precompute`` was asked for; None means the default, or what the label set was begun with.
 
-    ``teacher`` and ``dataset`` are SPECs, ``device`` is torch's word for it, ``dtype`` that of the stored logits.
+    ``teacher`` and ``dataset`` are SPECs, ``device`` is torch's word for it, ``dtype`` that of the stored logits;
+    ``targets`` says whether the dataset's targets are stored, by default where its first item has one.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Request:
     dtype: Dtype = "float16"
     rows_per_shard: int | None = None
     loader_workers: int = 0
+    targets: bool | None = None
 
     def __post_init__(self) -> None:
         # User code may change the working folder: the store stays where it was meant.
@@ -60,91 +64,87 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A few batches labelled and thrown away: seconds a row of reading and of labelling, and the rows themselves."""
-
-    rows: SoftLabels
-    read_s: float
-    label_s: float
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """A teacher, a dataset and an identity that fit together, and the layout that they give."""
+    """A teacher, a dataset and an identity that fit together, and the layout that they give.
+
+    Attributes:
+        survey: facts of every example, where examples have many rows.
+        layout: of all examples; where the label set exists and the dataset grew, that of the label set and more shards.
+        recorded_batch_size: what committed shards were labelled with.
+        labelled: examples that the label set was begun over, or grew to, before this run.
+    """
 
     request: Request
     teacher: Teacher
     examples: Examples
+    survey: Facts | None
     layout: Layout
     batch_size: int
     recorded_batch_size: int | None
-    exists: bool
+    labelled: int
+
+    def over(self, stored: Layout) -> "Prepared":
+        """The same over a label set as it stands: its layout, and new shards for what it has not."""
+        layout = _covering(stored, len(self.examples), self.survey)
+        return replace(self, layout=layout, labelled=stored.examples)
 
     def missing(self) -> list[int]:
         """Shards without a commit, ascending."""
-        done = set(numbered(Places(self.request.path).commits)) if self.exists else set()
+        done = set(numbered(Places(self.request.path).commits)) if self.labelled else set()
         return [shard for shard in range(self.layout.shards) if shard not in done]
 
-    def batches_of(self, shard: int) -> list[range]:
-        """Ordinals of each batch of a shard: batches begin anew at each, so that a resumed run repeats them."""
+    def facts(self, shard: int) -> Facts | None:
+        """What was read of a shard's examples before, if anything."""
         span = self.layout.span(shard)
-        return [span[start : start + self.batch_size] for start in range(0, len(span), self.batch_size)]
+        return None if self.survey is None else self.survey[span.start : span.stop]
 
-    def label(self, batch: Batch) -> Rows:
-        """Rows of one batch, by the teacher."""
-        logits = self.teacher.logits(batch.inputs, batch.ids, self.layout.identity.classes)
-        with torch.inference_mode():
-            return select_top_k(logits, self.layout.row_spec)
+    def batches_of(self, shard: int) -> Sequence[Sequence[int]]:
+        """Ordinals of each batch of a shard."""
+        return bucketed(self.layout.span(shard), self.facts(shard), self.batch_size)
 
-    def trial(self) -> Trial:
-        """Label a few batches of the first missing shard, and time it."""
-        lists = self.batches_of((self.missing() or [0])[0])[:TRIAL_BATCHES]
-        began, read_s, label_s, timed, parts = time.perf_counter(), 0.0, 0.0, 0, []
-        for number, batch in enumerate(self.examples.batches(lists, 0)):
-            read = time.perf_counter()
-            rows = self.label(batch)
-            done = time.perf_counter()
-            if number or len(lists) == 1:
-                read_s, label_s, timed = read_s + read - began, label_s + done - read, timed + len(batch.ids)
-            began = done
-            parts.append((batch, rows))
-        batch, rows = parts[-1]
-        return Trial(soft_labels(rows, batch.fingerprints, self.layout), read_s / timed, label_s / timed)
+    def batches(self, shards: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Ordinals of each batch of these shards, one shard after the other."""
+        for shard in shards:
+            yield from self.batches_of(shard)
 
 
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request, reporter: Reporter | None = None) -> Prepared:
     """Load, check, and compare with what the store already has. Writes nothing.
+
+    A dataset of token sequences is read once, as ``reporter`` is told.
 
     Raises:
         InvalidRequest, SpecNotFound, TeacherFault, DatasetFault: an argument, or the code behind it, is wrong.
-        DatasetChanged: the dataset gives other inputs each time, or has another length than what was labelled.
-        IdentityChanged: the label set was begun with another teacher, k, temperatures or dtype.
+        DatasetChanged: the dataset gives other inputs each time, or fewer than were labelled.
+        IdentityChanged: the label set was begun with another teacher, k, temperatures, dtype, kind of ids or targets.
         NotALabelSet, NewerFormat: the folder cannot be continued.
     """
     _check_arguments(request)
     existing = _existing(request)
     teacher = load_teacher(request.teacher, request.device)
-    examples = load_dataset(request.dataset)
-    check_rows_per_shard(request.rows_per_shard, len(examples))
-    examples.check_stable()
-    recorded = _recorded_batch_size(request.path, existing)
-    batch_size = request.batch_size or recorded or DEFAULT_BATCH_SIZE
-    classes = existing.identity.classes if existing else _count_classes(teacher, examples, batch_size)
-    if request.top_k > classes:
-        raise InvalidRequest(
-            f"--top-k {request.top_k} is more than the teacher's {classes:,} classes: use at most {classes:,}"
-        )
-    identity = Identity(teacher.id, request.top_k, classes, declared(request.temperatures), request.dtype)
+    targets = existing.identity.targets if existing and request.targets is None else request.targets
+    examples = load_dataset(request.dataset, targets)
     if existing:
-        refuse_another(request.name, existing, identity, len(examples), request.rows_per_shard)
-    rows_per_shard = request.rows_per_shard or default_rows_per_shard(len(examples))
-    layout = existing or Layout(identity, len(examples), rows_per_shard)
-    return Prepared(request, teacher, examples, layout, batch_size, recorded, existing is not None)
+        identity = _identity(request, teacher, examples, existing.identity.classes)
+        refuse_another(request.name, existing, identity, request.rows_per_shard)
+        refuse_fewer(request.name, existing, len(examples))
+    probed = examples.check_stable()
+    survey = _survey(request, examples, reporter or Silent()) if examples.kind.causal else None
+    recorded = _recorded_batch_size(request.path, existing)
+    default = DEFAULT_CAUSAL_BATCH_SIZE if examples.kind.causal else DEFAULT_BATCH_SIZE
+    batch_size = request.batch_size or recorded or default
+    classes = existing.identity.classes if existing else _count_classes(teacher, examples, survey, batch_size)
+    ordinals, facts = probed if survey is None else (range(len(examples)), survey)
+    refuse_beyond(facts, ordinals, examples.kind, classes, examples.__getitem__)
+    layout = existing or _begun(request, _identity(request, teacher, examples, classes), survey, len(examples))
+    labelled = existing.examples if existing else 0
+    layout = _covering(layout, len(examples), survey)
+    return Prepared(request, teacher, examples, survey, layout, batch_size, recorded, labelled)
 
 
 def _check_arguments(request: Request) -> None:
     check_name(request.name)
-    check_rows_per_shard(request.rows_per_shard, examples=0)
+    check_rows_per_shard(request.rows_per_shard)
     declared(request.temperatures)
     if request.top_k < 1:
         raise InvalidRequest(f"--top-k {request.top_k}: at least one class must be stored")
@@ -165,6 +165,51 @@ def _existing(request: Request) -> Layout | None:
         return None
 
 
+def _identity(request: Request, teacher: Teacher, examples: Examples, classes: int) -> Identity:
+    if request.top_k > classes:
+        raise InvalidRequest(
+            f"--top-k {request.top_k} is more than the teacher's {classes:,} classes: use at most {classes:,}"
+        )
+    kind = examples.kind
+    return Identity(
+        teacher=teacher.id,
+        k=request.top_k,
+        classes=classes,
+        temperatures=declared(request.temperatures),
+        dtype=request.dtype,
+        alignment=kind.alignment,
+        targets=kind.targets,
+        ids=kind.ids,
+    )
+
+
+def _survey(request: Request, examples: Examples, reporter: Reporter) -> Facts:
+    """Facts of every example: lengths decide which of them make a shard."""
+    reporter.begin("reading lengths", len(examples), "examples")
+    survey = examples.facts(range(len(examples)), request.loader_workers, reporter.advance)
+    if examples.kind.ids != "ordinal":
+        refuse_repeated(survey["key"], range(len(examples)), examples.__getitem__)
+    return survey
+
+
+def _begun(request: Request, identity: Identity, survey: Facts | None, examples: int) -> Layout:
+    """The layout of a label set that is begun now."""
+    if survey is None:
+        return Layout.pointwise(identity, examples, request.rows_per_shard or default_rows_per_shard(examples))
+    lengths = survey["length"].astype(np.int64)
+    default = default_rows_per_shard(int(lengths.sum()), int(lengths.max()))
+    return Layout.causal(identity, lengths, request.rows_per_shard or default)
+
+
+def _covering(layout: Layout, examples: int, survey: Facts | None) -> Layout:
+    """A layout, and new shards for the examples that it has not."""
+    if examples <= layout.examples:
+        return layout
+    if survey is None:
+        return layout.grown(examples - layout.examples)
+    return layout.grown(survey["length"][layout.examples :].astype(np.int64))
+
+
 def _recorded_batch_size(path: Path, existing: Layout | None) -> int | None:
     """The batch size that committed shards were labelled with: bytes are promised to repeat only with the same."""
     for shard in numbered(Places(path).commits) if existing else ():
@@ -174,19 +219,13 @@ def _recorded_batch_size(path: Path, existing: Layout | None) -> int | None:
     return None
 
 
-def _count_classes(teacher: Teacher, examples: Examples, batch_size: int) -> int:
-    """How many classes the teacher has, from a forward of the first batch, which is labelled again in its turn."""
-    batch = next(examples.batches([range(min(batch_size, len(examples)))]))
-    return teacher.logits(batch.inputs, batch.ids, None).shape[1]
+def _count_classes(teacher: Teacher, examples: Examples, survey: Facts | None, batch_size: int) -> int:
+    """How many classes the teacher has, from the forward of one batch, which is labelled again in its turn.
 
-
-def soft_labels(rows: Rows, fingerprints: np.ndarray, layout: Layout) -> SoftLabels:
-    """Freshly selected rows as soft labels."""
-    return SoftLabels(
-        indices=rows.indices,
-        logits=rows.logits,
-        logit_max=rows.scalars[:, 0],
-        tail_logsumexp=rows.scalars[:, 1:],
-        fingerprint=fingerprints,
-        temperatures=layout.identity.temperatures,
-    )
+    Of token sequences those with the smallest token ids are tried: a tokenizer of another vocabulary is then found by
+    the number of classes, before a teacher is shown a token that it does not know.
+    """
+    ordinals: Sequence[int] = range(min(batch_size, len(examples)))
+    if survey is not None:
+        ordinals = np.argsort(survey["token"], kind="stable")[:batch_size].tolist()
+    return teacher.logits(next(examples.batches([ordinals])), None).shape[-1]

@@ -32,8 +32,8 @@ FILE_EVERY_S = 0.5
 class Reporter(Protocol):
     """Where precompute tells how far it is."""
 
-    def begin(self, activity: str, rows: int) -> None:
-        """Some activity over so many rows begins; the one before has ended."""
+    def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
+        """Some activity over so many rows begins, or over so many of another unit; the one before has ended."""
 
     def advance(self, rows: int) -> None:
         """So many more rows are done."""
@@ -45,7 +45,7 @@ class Reporter(Protocol):
 class Silent:
     """Reports nothing; for callers that are programs."""
 
-    def begin(self, activity: str, rows: int) -> None:
+    def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         """Nothing."""
 
     def advance(self, rows: int) -> None:
@@ -55,28 +55,29 @@ class Silent:
         """Nothing."""
 
 
-class _RowRate(ProgressColumn):
+class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "- rows/s")
+        unit = task.fields["unit"]
+        return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s")
 
 
 class Bar:
-    """A progress bar with rows/s and the time left."""
+    """A progress bar with the rate and the time left."""
 
     def __init__(self, stream: TextIO) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _RowRate(),
+            _Rate(),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=Console(file=stream), transient=False, speed_estimate_period=30)
         self._task: TaskID | None = None
 
-    def begin(self, activity: str, rows: int) -> None:
+    def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         """Start the next bar."""
-        self._task = self._progress.add_task(activity, total=rows)
+        self._task = self._progress.add_task(activity, total=rows, unit=unit)
 
     def advance(self, rows: int) -> None:
         """Move the bar."""
@@ -102,13 +103,14 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._activity, self._total, self._done, self._began, self._next = "", 0, 0, 0.0, 0.0
+        self._activity, self._unit, self._total, self._done, self._began, self._next = "", "rows", 0, 0, 0.0, 0.0
 
-    def begin(self, activity: str, rows: int) -> None:
+    def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         """Print the activity and its size."""
-        self._activity, self._total, self._done, self._began = activity, rows, 0, time.monotonic()
+        self._activity, self._unit = activity, unit
+        self._total, self._done, self._began = rows, 0, time.monotonic()
         self._next = self._began + LINE_EVERY_S
-        self.note(f"{activity}: {rows:,} rows")
+        self.note(f"{activity}: {rows:,} {unit}")
 
     def advance(self, rows: int) -> None:
         """Print a line if it is time for one."""
@@ -120,8 +122,8 @@ class Lines:
         rate = self._done / max(now - self._began, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         self.note(
-            f"{self._activity}: {self._done:,}/{self._total:,} rows ({100 * self._done / max(1, self._total):.0f} %), "
-            f"{rate:,.0f} rows/s, {left:,.0f} s left"
+            f"{self._activity}: {self._done:,}/{self._total:,} {self._unit} "
+            f"({100 * self._done / max(1, self._total):.0f} %), {rate:,.0f} {self._unit}/s, {left:,.0f} s left"
         )
 
     def note(self, text: str) -> None:
@@ -144,9 +146,9 @@ class ProgressFile(Lines):
         super().__init__(stream)
         self._path, self._next_file = path, 0.0
 
-    def begin(self, activity: str, rows: int) -> None:
+    def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         """Print the activity, and write it down."""
-        super().begin(activity, rows)
+        super().begin(activity, rows, unit)
         self._write()
 
     def advance(self, rows: int) -> None:

@@ -3,24 +3,50 @@
 What touches a disk runs in a worker thread; ``/healthz`` does not, so it stays fast whatever the disks do.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 
-from logitcache.labels.errors import LogitcacheError, Unavailable
-from logitcache.labels.label_set import Description
+from logitcache.labels import wire
+from logitcache.labels.errors import InvalidIds, LogitcacheError, Unavailable
+from logitcache.labels.label_set import UNKNOWN, UNLABELLED
 from logitcache.server import openapi
 from logitcache.server.catalog import Catalog
-from logitcache.server.messages import JSON, SAFETENSORS, answer_type, media_type, parse_fetch, read_body
+from logitcache.server.messages import (
+    JSON,
+    SAFETENSORS,
+    answer_type,
+    media_type,
+    parse_fetch,
+    parse_missing,
+    read_body,
+)
 from logitcache.server.metrics import Metrics
 from logitcache.server.record import Record
-from logitcache.server.rows_json import check_json_rows, example_to_json, parse_id, rows_to_json
+from logitcache.server.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
 from logitcache.server.wording import counted
 
 DIGEST_HEADER = "Logitcache-Digest"
+
+
+class _Anything(Convertor[str]):
+    """The rest of a path, line breaks included: ``path`` would leave a last one out, and name another example."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 label_sets = APIRouter(prefix="/v1/label-sets", tags=["label sets"], responses=openapi.PROBLEMS)
 operations = APIRouter(tags=["operations"])
@@ -39,58 +65,92 @@ async def _metrics(request: Request) -> Metrics:
 InCatalog = Annotated[Catalog, Depends(_catalog)]
 
 
-@label_sets.get("")
-def list_label_sets(catalog: InCatalog) -> list[Description]:
+@label_sets.get("", responses=openapi.LIST_ANSWER)
+def list_label_sets(catalog: InCatalog) -> JSONResponse:
     """Every label set of the store that can be opened."""
-    return list(catalog.descriptions())
+    return JSONResponse([description.to_json() for description in catalog.descriptions()])
 
 
-@label_sets.get("/{name}")
-def describe_label_set(name: str, catalog: InCatalog, request: Request) -> Description:
-    """Identity, progress, statistics, digest and limits of one label set."""
+@label_sets.get("/{name}", responses=openapi.DESCRIPTION_ANSWER)
+def describe_label_set(name: str, catalog: InCatalog, request: Request) -> JSONResponse:
+    """Identity, progress, generations, statistics, digest and limits of one label set."""
     label_set = catalog.get(name)
     Record.of(request.scope).label_set = name
-    return label_set.describe()
+    return JSONResponse(label_set.describe().to_json())
 
 
 @label_sets.post("/{name}/fetch", openapi_extra=openapi.FETCH_BODY, responses=openapi.FETCH_ANSWER)
-async def fetch_rows(name: str, catalog: InCatalog, request: Request) -> Response:
+async def fetch_batch(name: str, catalog: InCatalog, request: Request) -> Response:
     """Soft labels of a batch of examples, in the order asked for."""
-    kind = media_type(request.headers.get("content-type"))
-    answer = answer_type(request.headers.get("accept"), default=kind)
-    body = await read_body(request, kind)
-    return await run_in_threadpool(_fetch, catalog, name, body, kind, answer, Record.of(request.scope))
+    return await _answered(_fetch, name, catalog, request)
 
 
-def _fetch(catalog: Catalog, name: str, body: bytes, kind: str, answer: str, record: Record) -> Response:
+@label_sets.post("/{name}/missing", openapi_extra=openapi.MISSING_BODY, responses=openapi.MISSING_ANSWER)
+async def find_missing(name: str, catalog: InCatalog, request: Request) -> Response:
+    """Which of these examples have no labels."""
+    return await _answered(_missing, name, catalog, request)
+
+
+async def _answered(answer: Any, name: str, catalog: Catalog, request: Request) -> Response:
+    """What ``answer`` makes of a request's body, in a worker thread."""
+    sent = media_type(request.headers.get("content-type"))
+    wanted = answer_type(request.headers.get("accept"), default=sent)
+    body = await read_body(request, sent)
+    response: Response = await run_in_threadpool(answer, catalog, name, body, sent, wanted, Record.of(request.scope))
+    return response
+
+
+def _fetch(catalog: Catalog, name: str, body: bytes, sent: str, wanted: str, record: Record) -> Response:
     label_set = catalog.get(name)
     record.label_set = name
-    asked = parse_fetch(body, kind)
-    if answer == JSON:
-        check_json_rows(len(asked.ids))
-        soft = label_set.fetch(asked.ids, **asked.options())
-        response: Response = JSONResponse(rows_to_json(soft), headers=_digest(soft.digest))
-    else:
-        rows, digest = label_set.fetch_body(asked.ids, **asked.options())
-        response = Response(rows.data, headers=_digest(digest), media_type=SAFETENSORS)
-    record.rows = len(asked.ids)
-    return response
+    asked = parse_fetch(body, sent)
+    if wanted == JSON:
+        soft = fetch_rows(label_set, asked.ids, **asked.options())
+        record.rows = len(soft)
+        return JSONResponse(rows_to_json(soft), headers=_digest(soft.digest))
+    rows, digest = label_set.fetch_body(asked.ids, **asked.options())
+    record.rows = len(wire.decode_rows(rows)) if label_set.layout.row_spec.ragged else len(asked.ids)
+    return Response(rows.data, headers=_digest(digest), media_type=SAFETENSORS)
+
+
+def _missing(catalog: Catalog, name: str, body: bytes, sent: str, wanted: str, record: Record) -> Response:
+    label_set = catalog.get(name)
+    record.label_set = name
+    asked = parse_missing(body, sent)
+    states = label_set.states(asked.ids, digest=asked.digest)
+    if wanted == SAFETENSORS:
+        return Response(wire.encode({"state": states}), media_type=SAFETENSORS)
+    return JSONResponse({"unknown": asked.ids.at(states == UNKNOWN), "unlabelled": asked.ids.at(states == UNLABELLED)})
 
 
 def _digest(digest: str | None) -> dict[str, str]:
     return {DIGEST_HEADER: digest} if digest else {}
 
 
-@label_sets.get("/{name}/examples/{id:path}", responses=openapi.EXAMPLE_ANSWER)
-def fetch_example(name: str, id: str, catalog: InCatalog, request: Request, view: int = 0) -> JSONResponse:
-    """One example for a person to read, with the probabilities of the stored classes."""
+@label_sets.get("/{name}/examples/{id:anything}", responses=openapi.EXAMPLE_ANSWER)
+def fetch_example(
+    name: str, id: str, catalog: InCatalog, request: Request, view: int = 0, rows: str | None = None
+) -> JSONResponse:
+    """One example for a person to read, with the probabilities of the stored classes.
+
+    All that follows ``examples/`` is its id, slashes included. Of a causal example, ``rows=START:STOP`` gives a part.
+    """
     record = Record.of(request.scope)
     label_set = catalog.get(name)
     record.label_set = name
-    number = parse_id(id)
-    soft = label_set.fetch([number], view=view)
-    record.rows = 1
-    return JSONResponse(example_to_json(number, soft), headers=_digest(soft.digest))
+    _check_encoding(request)
+    wanted = parse_id(id, label_set.layout.identity.ids)
+    soft = fetch_rows(label_set, [wanted], view=view, rows=parse_rows(rows))
+    record.rows = len(soft)
+    return JSONResponse(example_to_json(wanted, soft), headers=_digest(soft.digest))
+
+
+def _check_encoding(request: Request) -> None:
+    """Refuse a path that is not UTF-8: what cannot be decoded was replaced by now, and would name another example."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError:
+        raise InvalidIds("the id in the path is not UTF-8: percent-encode the bytes of its UTF-8") from None
 
 
 @operations.get("/healthz", response_class=PlainTextResponse)

@@ -1,7 +1,8 @@
 """Soft labels as JSON, for people, ``curl`` and other languages: the server and ``logitcache fetch`` share it.
 
-Names are those of `SoftLabels`. What JSON cannot hold: -inf and NaN are null, a fingerprint is 16 hexadecimal digits
-(a JSON number loses bits beyond 53). Every other number is exact. Knows nothing of HTTP.
+Names are those of `SoftLabels`. What JSON cannot hold: -inf and NaN are null, and so is a target that is none; a
+fingerprint is 16 hexadecimal digits (a JSON number loses bits beyond 53). Every other number is exact. Knows nothing of
+HTTP.
 """
 
 import re
@@ -9,48 +10,81 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.labels.errors import InvalidIds, TooManyRows
+from logitcache.labels.errors import InvalidIds, InvalidRequest, TooManyRows
+from logitcache.labels.ids import IdKind, as_ids
+from logitcache.labels.label_set import Limits
 from logitcache.labels.soft_labels import SoftLabels
+from logitcache.storage import LocalLabelSet
 
 MAX_JSON_ROWS = 1024
-"""Most rows of one JSON answer: text takes some eight times the bytes, and is made a number at a time."""
+"""Most examples, and most rows, of one JSON answer: text takes some eight times the bytes, and is made a number at a
+time."""
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,30}")
+_RANGE = re.compile(r"([0-9]{1,18}):([0-9]{1,18})")
 
 
-def check_json_rows(rows: int) -> None:
-    """Refuse a JSON answer of too many rows.
+def fetch_rows(label_set: LocalLabelSet, ids: Any, **options: Any) -> SoftLabels:
+    """Rows that one JSON answer can hold; more are refused before they are gathered.
 
     Raises:
         TooManyRows: above `MAX_JSON_ROWS`.
     """
-    if rows > MAX_JSON_ROWS:
+    ids = as_ids(ids)
+    _check_size(len(ids), "ids")
+    spec = label_set.layout.row_spec
+    limits = Limits(MAX_JSON_ROWS, MAX_JSON_ROWS * spec.row_bytes + len(ids) * spec.example_bytes)
+    try:
+        return label_set.fetch(ids, limits=limits, **options)
+    except TooManyRows as error:
+        _check_size(error.details.get("rows", 0), "rows")
+        raise
+
+
+def _check_size(count: int, noun: str) -> None:
+    if count > MAX_JSON_ROWS:
         raise TooManyRows(
-            f"{rows:,} rows are too many for one JSON answer, which may hold {MAX_JSON_ROWS:,}: split the ids, or ask "
-            "for safetensors with `Accept: application/vnd.safetensors`",
+            f"{count:,} {noun} are too many for one JSON answer, which may hold {MAX_JSON_ROWS:,}: split the ids, ask "
+            "for fewer rows of each where they have many, or for safetensors with "
+            f"`Accept: application/vnd.safetensors`",
             limit=MAX_JSON_ROWS,
-            rows=rows,
+            rows=count,
         )
 
 
-def parse_id(text: str) -> int:
-    """An id as it stands in a path or on a command line.
+def parse_id(text: str, kind: IdKind) -> int | str:
+    """An id as it stands in a path or on a command line, for a label set with ids of this kind.
 
     Raises:
-        InvalidIds: it is not a whole number.
+        InvalidIds: it is not a whole number, and ids are.
     """
-    if not _WHOLE_NUMBER.fullmatch(text):
+    if kind == "text":
+        return text
+    if not is_whole_number(text):
         raise InvalidIds(f"id {text[:40]!r} is not a whole number")
     return int(text)
 
 
-def rows_to_json(soft: SoftLabels) -> dict[str, Any]:
-    """Soft labels as JSON values: an entry a row in each field, and what holds for all of them.
+def is_whole_number(text: str) -> bool:
+    """The text is a whole number in decimal digits, and could be an id."""
+    return bool(_WHOLE_NUMBER.fullmatch(text))
+
+
+def parse_rows(text: str | None) -> tuple[int, int] | None:
+    """A range of rows as it stands in a path or on a command line, ``START:STOP``.
 
     Raises:
-        TooManyRows: more rows than one JSON answer may hold.
+        InvalidRequest: it is something else.
     """
-    check_json_rows(len(soft))
+    if text is None:
+        return None
+    if (found := _RANGE.fullmatch(text)) is None:
+        raise InvalidRequest(f"rows: {text[:40]!r} is no range; write START:STOP, such as 0:512")
+    return int(found[1]), int(found[2])
+
+
+def rows_to_json(soft: SoftLabels) -> dict[str, Any]:
+    """Soft labels as JSON values: an entry a row, or an example, in each field, and what holds for all of them."""
     value = {
         "digest": soft.digest,
         "temperatures": list(soft.temperatures),
@@ -60,25 +94,34 @@ def rows_to_json(soft: SoftLabels) -> dict[str, Any]:
         "tail_logsumexp": _numbers(soft.tail_logsumexp),
         "fingerprint": [f"{fingerprint:016x}" for fingerprint in soft.fingerprint.tolist()],
     }
+    if soft.row_splits is not None and soft.tokens is not None:
+        value |= {"row_splits": soft.row_splits.tolist(), "tokens": soft.tokens.tolist()}
+    if soft.target is not None and soft.target_logit is not None:
+        target = [None if number < 0 else number for number in soft.target.tolist()]
+        value |= {"target": target, "target_logit": _numbers(soft.target_logit)}
     return value if soft.present is None else value | {"present": soft.present.tolist()}
 
 
-def example_to_json(id: int, soft: SoftLabels) -> dict[str, Any]:
+def example_to_json(id: int | str, soft: SoftLabels) -> dict[str, Any]:
     """One example for a person to read: its row, and what a row means at each declared temperature.
 
-    ``probabilities`` are those of the stored classes, ``residual_mass`` the rest; one entry a temperature.
+    ``probabilities`` are those of the stored classes, ``residual_mass`` the rest; one entry a temperature. Where the
+    example has a row a token, each field but its fingerprint has an entry a row.
     """
     rows = rows_to_json(soft)
     shared = {"id": id, "digest": rows.pop("digest"), "temperatures": rows.pop("temperatures")}
-    row = {name: values[0] for name, values in rows.items()}
-    return (
-        shared
-        | row
-        | {
-            "probabilities": [_numbers(np.exp(soft.log_probs(value))[0]) for value in soft.temperatures],
-            "residual_mass": [float(soft.residual_mass(value)[0]) for value in soft.temperatures],
-        }
-    )
+    shared["fingerprint"] = rows.pop("fingerprint")[0]
+    ragged = rows.pop("row_splits", None) is not None
+    rows = rows | {
+        "probabilities": [_numbers(np.exp(soft.log_probs(value))) for value in soft.temperatures],
+        "residual_mass": [_numbers(soft.residual_mass(value)) for value in soft.temperatures],
+    }
+    if ragged:
+        return shared | rows
+    per_temperature = {"probabilities", "residual_mass"}
+    return shared | {
+        name: [entry[0] for entry in values] if name in per_temperature else values[0] for name, values in rows.items()
+    }
 
 
 def _numbers(array: np.ndarray) -> list[Any]:

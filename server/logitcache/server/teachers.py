@@ -1,21 +1,21 @@
 """Teachers: from a SPEC to something that labels a batch, with an id that changes when its weights do.
 
 A teacher is a `torch.nn.Module`, or a callable that says its own ``teacher_id``. It is run in eval mode, under
-``torch.inference_mode``, and whatever it returns is checked before a row of it is believed.
+``torch.inference_mode``, and the shape of whatever it returns is checked before a row of it is believed.
 """
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from logitcache.labels.errors import InvalidRequest, TeacherFault, shown
+from logitcache.labels.errors import InvalidRequest, TeacherFault
 from logitcache.labels.identity import MAX_CLASSES, TeacherId
 from logitcache.server import specs
-from logitcache.server.top_k import faulty_rows
+from logitcache.server.batches import Batch
 
 
 class Teacher:
@@ -27,58 +27,83 @@ class Teacher:
         dtype: of its parameters, as text; ``"unknown"`` for a plain callable.
     """
 
-    def __init__(self, forward: Callable[[torch.Tensor], Any], id: TeacherId, device: torch.device, dtype: str) -> None:
+    def __init__(self, forward: Callable[..., Any], id: TeacherId, device: torch.device, dtype: str) -> None:
         self._forward, self.id, self.device, self.dtype = forward, id, device, dtype
+        self._takes_mask = _takes(forward, "attention_mask")
 
-    def logits(self, inputs: torch.Tensor, examples: np.ndarray, classes: int | None) -> torch.Tensor:
-        """Logits of a batch, (batch, classes), on the teacher's device.
+    def logits(self, batch: Batch, classes: int | None) -> torch.Tensor:
+        """Logits of a batch, (batch, classes) or of token sequences (batch, longest, classes), on the teacher's device.
 
-        ``examples`` are the ids of the batch, for messages; ``classes`` is how many there must be, None for the first
-        batch.
+        Token sequences are given as ``forward(input_ids)``, with ``attention_mask=`` if it takes one. ``classes`` is
+        how many there must be, None for the first batch. Whether rows are distributions is not checked here.
 
         Raises:
-            TeacherFault: the teacher raised; returned no float tensor of that shape; or gave NaN, +inf or only -inf.
+            TeacherFault: the teacher raised, or returned no float tensor of that shape.
         """
-        which = f"examples {examples[0]:,} to {examples[-1]:,}"
         try:
             with torch.inference_mode():
-                logits = self._forward(inputs.to(self.device, non_blocking=True))
+                logits = self._called(batch)
         except torch.OutOfMemoryError as error:
-            raise TeacherFault(f"the teacher ran out of memory on {which}: use a smaller --batch-size") from error
+            raise TeacherFault(f"the teacher ran out of memory on {batch}: use a smaller --batch-size") from error
         except Exception as error:
-            raise TeacherFault(f"the teacher raised {type(error).__name__} on {which}: {error}") from error
-        _check(logits, len(examples), classes, which)
-        with torch.inference_mode():
-            faulty = faulty_rows(logits)
-        if faulty:
-            ids = [int(examples[row]) for row in faulty]
-            reason = next(iter(faulty.values()))
             raise TeacherFault(
-                f"the teacher gave {reason} for example {ids[0]:,}; "
-                f"{len(ids)} of the {len(examples)} examples of this batch "
-                f"cannot be stored ({shown(ids)})",
-                ids=ids,
-            )
-        checked: torch.Tensor = logits
-        return checked
+                f"the teacher raised {type(error).__name__} on {batch}: {error}{_about_tokens(batch, error)}"
+            ) from error
+        return _checked(logits, batch, classes)
+
+    def _called(self, batch: Batch) -> Any:
+        inputs = batch.inputs.to(self.device, non_blocking=True)
+        if batch.lengths is None or not self._takes_mask:
+            return self._forward(inputs)
+        return self._forward(inputs, attention_mask=batch.mask.to(self.device, non_blocking=True))
 
 
-def _check(logits: Any, batch: int, classes: int | None, which: str) -> None:
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    """Can it be called with an argument of this name?"""
+    # A compiled module takes anything and hands it on.
+    whole = getattr(forward, "_orig_mod", forward)
+    try:
+        parameters = inspect.signature(getattr(whole, "forward", whole)).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(
+        one.kind is inspect.Parameter.VAR_KEYWORD or (one.name == name and one.kind in named) for one in parameters
+    )
+
+
+def _about_tokens(batch: Batch, error: Exception) -> str:
+    """What an index out of range mostly means where the inputs are tokens."""
+    if batch.lengths is None or not isinstance(error, IndexError):
+        return ""
+    return (
+        f"; the largest of these token ids is {int(batch.inputs.max()):,}, the longest example has "
+        f"{int(batch.lengths.max()):,} tokens: is one beyond the teacher's vocabulary, or longer than it can read?"
+    )
+
+
+def _checked(logits: Any, batch: Batch, classes: int | None) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor):
         raise TeacherFault(
-            f"the teacher returned {type(logits).__name__} for {which}, not a tensor of logits: "
+            f"the teacher returned {type(logits).__name__} for {batch}, not a tensor of logits: "
             "return the tensor alone (of an output object, its .logits)"
         )
     if not logits.dtype.is_floating_point:
-        raise TeacherFault(f"the teacher returned {logits.dtype} for {which}, not floating-point logits")
-    if logits.ndim != 2 or logits.shape[0] != batch:
+        raise TeacherFault(f"the teacher returned {logits.dtype} for {batch}, not floating-point logits")
+    expected: tuple[int, ...] = (len(batch.ordinals),)
+    words = "(batch, classes)"
+    if batch.lengths is not None:
+        expected, words = tuple(batch.inputs.shape), "(batch, length, classes), a row a token"
+    if logits.ndim != len(expected) + 1 or tuple(logits.shape[:-1]) != expected:
+        wanted = ", ".join(map(str, expected))
         raise TeacherFault(
-            f"the teacher returned shape {tuple(logits.shape)} for {which}, not (batch, classes) = ({batch}, ...)"
+            f"the teacher returned shape {tuple(logits.shape)} for {batch}, not {words} = ({wanted}, ...)"
         )
-    if classes is not None and logits.shape[1] != classes:
-        raise TeacherFault(f"the teacher returned {logits.shape[1]} classes for {which}, before it was {classes}")
-    if not 1 <= logits.shape[1] <= MAX_CLASSES:
-        raise TeacherFault(f"the teacher returned {logits.shape[1]} classes for {which}")
+    if classes is not None and logits.shape[-1] != classes:
+        raise TeacherFault(f"the teacher returned {logits.shape[-1]} classes for {batch}, before it was {classes}")
+    if not 1 <= logits.shape[-1] <= MAX_CLASSES:
+        raise TeacherFault(f"the teacher returned {logits.shape[-1]} classes for {batch}")
+    return logits
 
 
 def load_teacher(spec: str, device: str | None) -> Teacher:

@@ -23,6 +23,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def extent(examples: int, rows: int) -> str:
+    """How large a dataset or label set is: ``9,000 rows``, or ``120 examples with 4,500 tokens``."""
+    return counted(rows, "row") if rows == examples else f"{counted(examples, 'example')} with {counted(rows, 'token')}"
+
+
 def size(count: float) -> str:
     """Bytes for people: ``1.5 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):

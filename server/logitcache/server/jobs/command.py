@@ -39,5 +39,7 @@ def arguments(request: JobRequest, config: Config, store: Path) -> list[str]:
         "rows-per-shard": request.rows_per_shard,
     }
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    if request.targets is not None:
+        words.append("--targets" if request.targets else "--no-targets")
     words += [f"--temperature={temperature!r}" for temperature in request.temperatures]
     return ["precompute", request.label_set, *words]

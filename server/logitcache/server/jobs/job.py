@@ -6,12 +6,12 @@ Values only; `folder` writes them down, `process` runs them, `queue` moves them 
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from logitcache.labels.errors import RequestRefused
 from logitcache.labels.identity import Dtype, canonical_json, check_name, declared, sha256_hex
 from logitcache.server.problems import invalid_request
-from logitcache.storage.terms import check_rows_per_shard
+from logitcache.storage.packing import check_rows_per_shard
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
@@ -33,6 +33,9 @@ class JobRequest(BaseModel):
     temperatures: list[float] = Field(default=[], max_length=100, description="Those declared besides 1.")
     dtype: Dtype = Field(default="float16", description="Of the stored logits.")
     batch_size: int | None = Field(default=None, ge=1, le=MOST_CLASSES, description="Examples a forward pass.")
+    targets: bool | None = Field(
+        default=None, description="Store the dataset's targets; by default where it gives whole numbers."
+    )
     rows_per_shard: int | None = Field(
         default=None, le=2**40, description="Rows committed together; a multiple of 4096."
     )
@@ -44,7 +47,7 @@ class JobRequest(BaseModel):
             InvalidName, InvalidRequest: a value that no precompute would take.
         """
         check_name(self.label_set)
-        check_rows_per_shard(self.rows_per_shard, examples=0)
+        check_rows_per_shard(self.rows_per_shard)
         return self.model_copy(update={"temperatures": list(declared(self.temperatures))})
 
     @property
@@ -86,7 +89,7 @@ class JobError(BaseModel):
 class Progress(BaseModel):
     """How far a job's process is in what it is doing now."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     activity: str
     rows_done: int
@@ -111,10 +114,10 @@ class JobState(BaseModel):
     request: JobRequest
     state: State = "queued"
     attempt: int = 1
-    created: datetime
-    started: datetime | None = Field(default=None, description="When this attempt's process began.")
-    stop_asked: datetime | None = Field(default=None, description="When its process was told to stop.")
-    ended: datetime | None = None
+    created: AwareDatetime
+    started: AwareDatetime | None = Field(default=None, description="When this attempt's process began.")
+    stop_asked: AwareDatetime | None = Field(default=None, description="When its process was told to stop.")
+    ended: AwareDatetime | None = None
     digest: str | None = Field(default=None, description="Of the label set, once succeeded.")
     error: JobError | None = Field(default=None, description="Why it failed.")
 
@@ -133,10 +136,16 @@ class Job(JobState):
     server started, ``device`` the queue in which it runs.
     """
 
-    asked: datetime
+    asked: AwareDatetime
     restarts: int = 0
     process: ProcessId | None = None
     device: str | None = None
+
+    @model_validator(mode="after")
+    def _runs_as_a_process(self) -> "Job":
+        if (self.state == "running") != (self.process is not None):
+            raise ValueError("a job has a process while it runs, and only then")
+        return self
 
     @classmethod
     def of(cls, request: JobRequest) -> "Job":

@@ -24,6 +24,7 @@ class JobProcess:
     def __init__(self, id: ProcessId, child: "subprocess.Popen[bytes] | None" = None) -> None:
         self.id = id
         self._child = child
+        self._was_alive = child is not None
 
     @classmethod
     def begin(cls, arguments: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> "JobProcess":
@@ -66,18 +67,31 @@ class JobProcess:
         """It has not ended. One that has is waited for, if it was begun here."""
         if self._child is not None:
             return self._child.poll() is None
-        return _began(self.id.pid) == self.id.began
+        alive = _began(self.id.pid) == self.id.began
+        self._was_alive |= alive
+        return alive
 
     @property
     def exit_code(self) -> int | None:
         """How it ended, negative for a signal; None if it has not, or was begun by another server."""
         return self._child.returncode if self._child is not None else None
 
+    def clear_away(self) -> None:
+        """Kill what it left behind when it ended, if that was seen here: it may hold memory, or the device."""
+        # The number of a group is given to no new process: while none has it, the group can only be its own.
+        if self._was_alive and _began(self.id.pid) is None:
+            _signal_group(self.id.pid, signal.SIGKILL)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it and to the processes that it began; nothing if it has ended."""
         if self.is_alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.id.pid, number)
+            _signal_group(self.id.pid, number)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    # Nothing may be left of it, or only what took another user's rights.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 def _began(pid: int) -> str | None:

@@ -7,7 +7,7 @@ its jobs; any other tells how they stand, and takes over when the first is gone.
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -141,7 +141,8 @@ class Jobs:
         with self._changed:
             job = self._find(id)
         folder = JobFolder(self._folder, id)
-        return job.detail(None if job.state == "queued" else folder.progress(), folder.log_tail())
+        log = [self._without_paths(line) for line in folder.log_tail()]
+        return job.detail(None if job.state == "queued" else folder.progress(), log)
 
     def newest(self) -> list[Job]:
         """The jobs that were asked for last, `MOST_LISTED` at most, newest first."""
@@ -165,8 +166,8 @@ class Jobs:
     def _check_mine(self) -> None:
         if self._lock is None:
             raise Unavailable(
-                "another server on this store runs its jobs, this one only tells how they stand: ask that server, or "
-                "try again when it is gone"
+                "this server only tells how jobs stand: another server on this store runs them, or it cannot write to "
+                "the store, which its log says. Ask the other one, or try again later"
             )
 
     def _save(self, job: Job, event: str) -> None:
@@ -190,57 +191,62 @@ class Jobs:
 
     def _step(self) -> float | None:
         """Move every job on as far as it goes now; seconds until there may be more to do."""
-        try:
-            if not self._take_over():
-                return TAKE_OVER_S
-            for id in list(self._processes):
-                self._watch(self._jobs[id])
-            for job in rules.due(self._jobs.values(), self._device_of):
-                self._begin(job)
-        except (LogitcacheError, OSError) as error:
-            _log.error("jobs cannot go on", why=str(error), again_in_s=TROUBLE_S)
+        if not self._tried(self._take_over):
             return TROUBLE_S
-        return POLL_S if self._processes else None
+        if self._lock is None:
+            return TAKE_OVER_S
+        watched = [self._tried(self._watch, self._jobs[id]) for id in list(self._processes)]
+        begun = [self._tried(self._begin, job) for job in rules.due(self._jobs.values(), self._device_of)]
+        if not all(watched + begun):
+            return TROUBLE_S
+        return POLL_S if any(job.state in ("queued", "running") for job in self._jobs.values()) else None
 
-    def _take_over(self) -> bool:
+    def _tried(self, act: Callable[..., None], *job: Job) -> bool:
+        """Do it, and say whether that went well: one job's trouble neither ends the thread nor holds up other jobs."""
+        try:
+            act(*job)
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
+            told = {"job": job[0].id if job else None, "why": str(error), "again_in_s": TROUBLE_S}
+            _log.error("jobs cannot go on", **told, exc_info=not isinstance(error, LogitcacheError))
+            return False
+        return True
+
+    def _take_over(self) -> None:
         """Become the server that runs this store's jobs, unless another one is."""
         if self._lock is not None:
-            return True
+            return
         try:
             lock = WriterLock(self._folder / "lock")
         except LabelSetLocked:
-            return False
+            return
         try:
             self._jobs = {job.id: job for job in read_jobs(self._folder)}
-            for job in [job for job in self._jobs.values() if job.state == "running" and job.process]:
-                self._adopt(job)
         except BaseException:
-            self._processes.clear()
             lock.release()
             raise
         self._lock = lock
-        return True
-
-    def _adopt(self, job: Job) -> None:
-        assert job.process is not None
-        process = JobProcess(job.process)
-        if process.is_alive():
-            self._processes[job.id] = process
-            if job.stop_asked:
+        # Whether they live or have ended, they are watched like any other.
+        self._processes = {job.id: JobProcess(job.process) for job in self._jobs.values() if job.process}
+        for id, process in self._processes.items():
+            _log.info("job found again", job=id, alive=process.is_alive())
+            if self._jobs[id].stop_asked:
                 process.signal(SIGTERM)
-            _log.info("job found again", job=job.id, label_set=job.request.label_set, pid=job.process.pid)
-        else:
-            job = rules.lost(job, JobFolder(self._folder, job.id).outcome())
-            self._save(self._without_paths(job), "job had ended" if job.ended else "job was lost, and is queued anew")
 
     def _watch(self, job: Job) -> None:
         process = self._processes[job.id]
         if not process.is_alive():
-            outcome = JobFolder(self._folder, job.id).outcome()
-            self._save(self._without_paths(rules.ended(job, outcome, process.exit_code)), "job ended")
+            process.clear_away()
+            self._end(job, process.exit_code)
             del self._processes[job.id]
         elif job.stop_asked and (datetime.now(UTC) - job.stop_asked).total_seconds() > self._grace_s:
             process.signal(SIGKILL)
+
+    def _end(self, job: Job, exit_code: int | None) -> None:
+        job = rules.ended(job, JobFolder(self._folder, job.id).outcome(), exit_code)
+        if job.error is not None:
+            error = JobError(code=job.error.code, message=self._without_paths(job.error.message))
+            job = job.model_copy(update={"error": error})
+        self._save(job, "job ended" if job.ended else "job was lost, and is queued anew")
 
     def _begin(self, job: Job) -> None:
         folder = JobFolder(self._folder, job.id)
@@ -267,12 +273,9 @@ class Jobs:
         teacher = self._config.teachers.get(job.request.teacher)
         return (teacher and teacher.device) or rules.DEFAULT_DEVICE
 
-    def _without_paths(self, job: Job) -> Job:
-        """An error's message without where this machine keeps things: it goes out over HTTP."""
-        if job.error is None:
-            return job
-        message = job.error.message
+    def _without_paths(self, text: str) -> str:
+        """What a process said, without where this machine keeps things: it goes out over HTTP."""
         for folder in (self._store, self._config.folder):
             if folder.name:
-                message = message.replace(str(folder), folder.name)
-        return job.model_copy(update={"error": JobError(code=job.error.code, message=message)})
+                text = text.replace(str(folder), folder.name)
+        return text

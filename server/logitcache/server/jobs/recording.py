@@ -51,8 +51,10 @@ class Recording:
             code, message = error.code, error.message
         else:
             code, message = ServerFault.code, f"it raised {type(error).__name__}: {error}; its log has the traceback"
+        # Names of files that are not UTF-8 come as lone surrogates, which no JSON that others read can hold.
+        message = message[:LONGEST_MESSAGE].encode(errors="replace").decode()
         with contextlib.suppress(LogitcacheError):
-            write_json(self.folder / OUTCOME, {"error": {"code": code, "message": message[:LONGEST_MESSAGE]}})
+            write_json(self.folder / OUTCOME, {"error": {"code": code, "message": message}})
 
 
 @contextlib.contextmanager

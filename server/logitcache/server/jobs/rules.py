@@ -1,4 +1,4 @@
-"""The rules of the queue, as pure functions: whose turn it is, how a job ended, what becomes of one that was lost."""
+"""The rules of the queue, as pure functions: whose turn it is, and what becomes of a job whose process is gone."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -35,24 +35,19 @@ def due(jobs: Iterable[Job], device_of: Callable[[Job], str]) -> list[Job]:
 
 
 def ended(job: Job, outcome: Outcome | None, exit_code: int | None) -> Job:
-    """A job whose process is gone. ``exit_code`` is None where no server saw it go.
+    """A job whose process is gone; ``exit_code`` is None where no server saw how it went.
 
-    One that was done before it could stop has succeeded, whoever cancelled it.
+    One that was done before it could stop has succeeded, whoever cancelled it. One that went unseen and said nothing is
+    queued anew, unless that happened `MOST_RESTARTS` times before.
     """
     if outcome is not None and outcome.digest is not None:
         return job.over("succeeded", digest=outcome.digest)
     if job.stop_asked is not None:
         return job.over("cancelled")
     error = outcome.error if outcome is not None else None
+    if error is None and exit_code is None and job.restarts < MOST_RESTARTS:
+        return job.queued_anew(restarts=job.restarts + 1)
     return job.over("failed", error=error or JobError(code=JobKilled.code, message=_why_gone(exit_code)))
-
-
-def lost(job: Job, outcome: Outcome | None) -> Job:
-    """A job whose process was gone when a server started: queued anew, unless it had ended, was cancelled, or was lost
-    `MOST_RESTARTS` times before."""
-    if outcome is not None or job.stop_asked is not None or job.restarts >= MOST_RESTARTS:
-        return ended(job, outcome, None)
-    return job.queued_anew(restarts=job.restarts + 1)
 
 
 def _why_gone(exit_code: int | None) -> str:
