@@ -270,7 +270,7 @@ def test_a_garbage_body_is_refused_and_not_asked_for_again(reader: Readers, serv
 
 def test_fewer_rows_than_ids_are_refused(reader: Readers, server: FaultyServer) -> None:
     server.fewer_rows = 1
-    with pytest.raises(MalformedMessage, match="2 rows for 3 ids"):
+    with pytest.raises(MalformedMessage, match="2 examples for 3 ids"):
         reader(server).fetch([5, 6, 7])
 
 

@@ -242,6 +242,107 @@ def test_renormalising_forgets_what_is_outside_the_stored_classes() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def with_targets(dense: np.ndarray, k: int, seed: int = 5, **options: Any) -> FetchedLabels:
+    """Labels of which some have no target."""
+    targets = np.random.default_rng(seed).integers(-1, dense.shape[1], len(dense))
+    return labels_of(dense, k, target=targets, **options)
+
+
+def dense_target_kl(dense: np.ndarray, student: Tensor, soft: FetchedLabels, temperature: float) -> Tensor:
+    """KL after both dense distributions were cut to the stored classes, the target and one class for the rest."""
+    t, p = (torch.softmax(logits / temperature, 1) for logits in (torch.tensor(dense), student))
+    assert soft.target is not None
+    values = []
+    for t_row, p_row, stored, target in zip(t, p, soft.indices.astype(int), soft.target.tolist(), strict=True):
+        apart = sorted({*stored.tolist(), *([target] if target >= 0 else [])})
+        rest = [index for index in range(len(t_row)) if index not in apart]
+        cut_t, cut_p = (torch.cat([q[apart], q[rest].sum(0, keepdim=True)[: len(rest)]]) for q in (t_row, p_row))
+        held = cut_t > 0
+        values.append((cut_t[held] * (cut_t[held].log() - cut_p[held].log())).sum())
+    return torch.stack(values)
+
+
+@given(cases)
+@settings(deadline=None, max_examples=60)
+def test_with_the_target_apart_it_is_between_the_bucket_and_the_full_kl(case: Any) -> None:
+    rows, classes, temperature, seed, data = case
+    dense, student = dense_logits(rows, classes, seed=seed), student_like(rows, classes, seed + 1)
+    soft = with_targets(dense, data.draw(st.integers(1, classes)), seed)
+    bucket, found = (kl_divergence(student, soft, temperature=temperature, tail=tail) for tail in ("bucket", "target"))
+    assert bool((bucket <= found + 1e-5).all())
+    assert bool((found <= full_kl(dense, student, temperature) + 1e-5).all())
+    expected = dense_target_kl(dense, student, soft, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(gradient(found, student), gradient(expected, student), rtol=1e-5, atol=2e-5)
+
+
+def test_the_target_taken_apart_tightens_the_bound_where_it_is_outside_the_stored_classes() -> None:
+    dense, student = dense_logits(6, 20), student_like(6, 20)
+    least, most = dense.argmin(1), dense.argmax(1)
+    for target, tighter in ((least, True), (most, False)):
+        soft = labels_of(dense, 4, target=target)
+        bucket, found = (kl_divergence(student, soft, tail=tail) for tail in ("bucket", "target"))
+        assert bool((found > bucket).all()) == tighter
+        if not tighter:
+            torch.testing.assert_close(found, bucket)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_a_target_that_is_all_of_the_residual_leaves_no_bucket(temperature: float, scale: float) -> None:
+    # The student has no class for a remainder that only rounding left: facing it, the loss would be infinite.
+    dense = dense_logits(200, 5, scale=scale)
+    soft = FetchedLabels.of(truncated(dense, 4, temperatures=(0.7, 1.0, 3.0), target=dense.argmin(1)))
+    for dtype in (torch.float32, torch.float64):
+        student = student_like(200, 5, dtype=dtype)
+        found = kl_divergence(student, soft, temperature=temperature, tail="target")
+        expected = full_kl(dense, student, temperature)
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
+        assert bool(torch.isfinite(gradient(found, student)).all())
+
+
+@pytest.mark.parametrize("student_is_padded", [False, True])
+def test_a_target_of_the_padded_vocabulary_gives_no_nan(student_is_padded: bool) -> None:
+    dense, student = dense_logits(3, 6), student_like(3, 6).detach()
+    dense[:, 4:] = -np.inf
+    if student_is_padded:
+        student[:, 4:] = -math.inf
+    student.requires_grad_()
+    for k in (2, 4, 5):
+        soft = labels_of(dense, k, target=[5, 5, 4])
+        assert soft.target_logit is not None
+        assert np.isneginf(soft.target_logit).all()
+        found = kl_divergence(student, soft, temperature=2.0, tail="target")
+        torch.testing.assert_close(found, dense_target_kl(dense, student, soft, 2.0), rtol=1e-5, atol=1e-5)
+        assert bool(torch.isfinite(gradient(found, student)).all())
+
+
+def test_gradients_with_the_target_apart_equal_finite_differences() -> None:
+    dense = dense_logits(5, 7)
+    for k in (1, 3, 6, 7):
+        soft = labels_of(dense, k, target=[0, -1, 3, 6, 2])
+
+        def loss(student: Tensor, soft: FetchedLabels = soft) -> Tensor:
+            return distillation_loss(student, soft, targets="stored", temperature=2.0, tail="target")
+
+        assert torch.autograd.gradcheck(loss, (student_like(5, 7),))
+
+
+def test_the_target_is_apart_from_float16_labels_within_their_rounding() -> None:
+    dense, student = dense_logits(64, 100), student_like(64, 100)
+    soft = with_targets(dense, 10, dtype="float16")
+    found = kl_divergence(student, soft, tail="target")
+    torch.testing.assert_close(found, dense_target_kl(dense, student, soft, 1.0), rtol=0, atol=2**-6)
+
+
+def test_stored_targets_are_the_targets_unless_there_are_no_labels() -> None:
+    student, soft, _ = mixed_batch()
+    soft = replace(soft, target=np.array([2, -1, 5, 4], np.int32), target_logit=np.full(4, np.nan, np.float32))
+    found = distillation_loss(student, soft, targets="stored", reduction="none")
+    given = distillation_loss(student, soft, targets=torch.tensor([2, -100, -100, -100]), reduction="none")
+    torch.testing.assert_close(found, given)
+
+
 def test_tensors_and_arrays_give_the_same_loss() -> None:
     student, soft, targets = mixed_batch()
     tensors = soft.to("cpu")
@@ -269,6 +370,8 @@ def test_what_cannot_be_right_is_named() -> None:
     largest = int(soft.indices.max())
     with pytest.raises(ShapeMismatch, match=f"has {largest} classes and the labels hold class {largest}"):
         distillation_loss(student[:, :largest], soft.to("cpu"))
+    with pytest.raises(ShapeMismatch, match="has 6 classes and the labels hold class 7"):
+        distillation_loss(student, replace(soft, target=np.array([7, -1, 0], np.int32)), targets="stored")
     with pytest.raises(ShapeMismatch, match=r"\(3, 2, 6\)"):
         distillation_loss(student[:, None].expand(3, 2, 6), soft)
     for name in ("targets", "mask"):
@@ -279,6 +382,9 @@ def test_what_cannot_be_right_is_named() -> None:
         {"alpha": 1.5},
         {"label_smoothing": -0.1},
         {"tail": "target"},
+        {"targets": "stored"},
+        {"padding": "right"},
+        {"attention_mask": torch.ones(3)},
         {"reduction": "avg"},
         {"num_items": 0},
         {"num_items": 3, "reduction": "sum"},

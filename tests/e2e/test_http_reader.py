@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -225,8 +226,9 @@ def test_another_label_set_in_the_same_place_is_noticed(source: Reference, tmp_p
         retry_for_a_second(lambda: connect(f"{base}/set", teacher="seed 9"), WrongLabels).close()
         with pytest.raises(TeacherMismatch, match="seed 9"):
             pinned.fetch([1])
-        with pytest.raises(DigestChanged, match=r"replaced by another label set .*teacher.weights changed"):
-            free.fetch([1])
+        for ask in (free.missing, free.fetch):
+            with pytest.raises(DigestChanged, match=r"replaced by another label set .*teacher.weights changed"):
+                ask([1])
         pinned.close()
         free.close()
 
@@ -239,7 +241,7 @@ def test_a_label_set_made_anew_by_the_same_teacher_is_noticed(source: Reference,
         labels.fetch([1])
         (store / "set").rename(tmp_path / "old")
         # The same identity over re-ordered data: only the content tells.
-        build(store / "set", Reference(source.layout, source.logits[::-1].copy()))
+        build(store / "set", replace(source, logits=source.logits[::-1].copy()))
         with pytest.raises(DigestChanged):
             fetch_for_five_seconds(labels)
         retry_for_a_second(lambda: fetch_once(f"{base}/set"), WrongLabels)
@@ -255,7 +257,7 @@ def test_a_repair_that_makes_a_new_generation_is_followed(source: Reference, tmp
         first = labels.fetch([1]).digest
         chunk = store / "set" / "logits" / "c.1.0"
         chunk.rename(tmp_path / "gone")
-        other = Reference(source.layout, source.logits + 1.0)
+        other = replace(source, logits=source.logits + 1.0)
         with writer_of(store / "set", other) as writer:
             commit_shards(writer, other, writer.missing)
             second = writer.seal().digest

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -27,8 +28,50 @@ Batch = TypeVar("Batch")
 Part: TypeAlias = str | int | Callable[[Any], Any]
 """Where a part of a batch is: under a key, at a position, or what a function makes of the batch."""
 
-Fetch: TypeAlias = Callable[[Any, Any], FetchedLabels]
-"""Labels of ids, checked against inputs if those are not None."""
+Fetch: TypeAlias = Callable[..., FetchedLabels]
+"""Labels of ids; parts of the batch besides the ids are its keywords."""
+
+
+class Auto(Enum):
+    """The type of `AUTO`."""
+
+    AUTO = "token ids where a batch has them"
+
+
+AUTO = Auto.AUTO
+"""Of a mapping, the token ids and their mask under the names that tokenizers give them, if it has them."""
+
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+"""Keys of a batch that `AUTO` looks under."""
+
+
+def token_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
+    """Where a batch has its token ids and their mask, as `Labels.attach` was told for a causal label set.
+
+    Raises:
+        InvalidRequest: a mask without inputs.
+    """
+    if inputs is None:
+        if attention_mask not in (None, AUTO):
+            raise InvalidRequest("attention_mask says which of the inputs are tokens: name inputs as well")
+        return {}
+    parts: dict[str, Part] = {"inputs": _input_ids if isinstance(inputs, Auto) else inputs}
+    if attention_mask is not None:
+        look = _mask_of_input_ids if isinstance(inputs, Auto) else _attention_mask
+        parts["attention_mask"] = look if isinstance(attention_mask, Auto) else attention_mask
+    return parts
+
+
+def _input_ids(batch: Any) -> Any:
+    return batch.get(INPUT_IDS) if isinstance(batch, Mapping) else None
+
+
+def _attention_mask(batch: Any) -> Any:
+    return batch.get(ATTENTION_MASK) if isinstance(batch, Mapping) else None
+
+
+def _mask_of_input_ids(batch: Any) -> Any:
+    return None if _input_ids(batch) is None else _attention_mask(batch)
 
 
 @dataclass
@@ -55,14 +98,14 @@ class AttachedLoader(Generic[Batch]):
         tally: Callable[[], Tally],
         *,
         ids: Part,
-        inputs: Part | None = None,
+        parts: Mapping[str, Part] | None = None,
         depth: int = 2,
         device: Any = None,
     ) -> None:
         if depth < 0:
             raise InvalidRequest(f"depth={depth} is below 0: give the number of batches to fetch labels for ahead")
         self._loader, self._fetch, self._tally = loader, fetch, tally
-        self._ids, self._inputs, self._depth, self._device = ids, inputs, depth, device
+        self._ids, self._parts, self._depth, self._device = ids, parts or {}, depth, device
         self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
 
     def __len__(self) -> int:
@@ -102,12 +145,12 @@ class AttachedLoader(Generic[Batch]):
         try:
             # Here and not in the thread: what a user's function draws or moves must not depend on when a thread runs.
             ids = _part(batch, self._ids, "ids")
-            inputs = None if self._inputs is None else _part(batch, self._inputs, "inputs")
+            others = {name: _part(batch, part, name) for name, part in self._parts.items()}
         except Exception as error:  # noqa: BLE001 - raised at the step it belongs to
             failed: Future[FetchedLabels] = Future()
             failed.set_exception(error)
             return failed
-        return background.submit(partial(self._fetch, ids, inputs))
+        return background.submit(partial(self._fetch, ids, **others))
 
     def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
         started_s = time.perf_counter()
@@ -155,7 +198,7 @@ def _set_epoch(setters: list[Callable[[int], Any]], epoch: int) -> None:
 
 
 def _part(batch: Any, part: Part, argument: str) -> Any:
-    """The ids or inputs of a batch.
+    """A part of a batch: its ids, or what goes to `Labels.fetch` as this argument.
 
     Raises:
         InvalidRequest: the batch has no such key or position.
@@ -168,7 +211,8 @@ def _part(batch: Any, part: Part, argument: str) -> Any:
         holds = (
             f"the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
         )
+        more = ", or wrap the dataset in with_ids" if argument == "ids" else ""
         raise InvalidRequest(
             f"{argument}={part!r} is not in a batch, which has {holds}; "
-            "name a key or a position that is, give a function of the batch, or wrap the dataset in with_ids"
+            f"name a key or a position that is, or give a function of the batch{more}"
         ) from error

@@ -18,7 +18,8 @@ def connect(
 
     Args:
         target: ``"http://HOST:PORT/NAME"``, or a label set's folder, which is read in this process.
-        digest: the content to train on; every fetch is held to it. None takes what is there.
+        digest: the content to train on, of any generation that the label set has; every fetch is held to it, also when
+            the label set grows. None takes the newest generation, and follows to a newer one between two fetches.
         teacher: who must have labelled: a `TeacherId`, or its name or the digest of its weights.
         timeout_s: total seconds that one call may take, retries included.
         retries: attempts after the first; None means as many as fit into ``timeout_s``, 0 none. They bridge a server

@@ -47,7 +47,10 @@ class DatasetWithIds:
 
 
 def with_ids(dataset: MapStyleDataset) -> Any:
-    """The dataset with each item's ordinal as its id, as the label sets of this version count.
+    """The dataset with each item's ordinal as its id: for label sets whose ids are the ordinals.
+
+    A dataset that has ids of its own, numbers or texts, needs none of this: its label set has the same ids, and
+    `Labels.attach` is told where a batch has them.
 
     A mapping gets an ``"id"``; a tuple or list gets one more element, the last; anything else becomes ``(item, id)``.
     It is typed as Any, since a DataLoader's annotations ask for torch's own class, which this module does not know.

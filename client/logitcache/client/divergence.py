@@ -65,6 +65,49 @@ def bucket_divergence(
     return weighted_log_ratio(log_t, log_p).sum(1) + weighted_log_ratio(log_r, log_r_p)
 
 
+def target_divergence(
+    student: Float[Tensor, "rows classes"],
+    indices: Int64[Tensor, "rows k"],
+    logits: Float[Tensor, "rows k"],
+    tail: Float[Tensor, " rows"],
+    target: Int64[Tensor, " rows"],
+    target_logit: Float[Tensor, " rows"],
+    temperature: float,
+) -> Float[Tensor, " rows"]:
+    """`bucket_divergence` with the target as one more stored class, where it is not among the k.
+
+    A finer cut of the same distributions: no smaller than the bucket's, and still a lower bound of the full KL.
+    """
+    return bucket_divergence(
+        student, *with_target(indices, logits, tail, target, target_logit, temperature), temperature
+    )
+
+
+def with_target(
+    indices: Int64[Tensor, "rows k"],
+    logits: Float[Tensor, "rows k"],
+    tail: Float[Tensor, " rows"],
+    target: Int64[Tensor, " rows"],
+    target_logit: Float[Tensor, " rows"],
+    temperature: float,
+) -> tuple[Int64[Tensor, "rows k+1"], Float[Tensor, "rows k+1"], Float[Tensor, " rows"]]:
+    """Stored classes, their logits and the tail, when the target is stored too: ``log(exp(tail) - exp(target / T))``.
+
+    A row without a target (-1), or with one among the k, gets its first class once more with a logit of -inf: a
+    probability of 0, and no class that leaves the bucket. Where the target is all of the tail but for float32 rounding
+    of the two, nothing remains: a remainder made of rounding could face a student that has no other class.
+    """
+    apart = (target >= 0) & (indices != target[:, None]).all(1)
+    part = target_logit / temperature - tail
+    rounding = 8 * torch.finfo(torch.float32).eps * (1 + tail.abs())
+    rest = torch.where(part < -rounding, tail + torch.log1p(-part.exp()), -math.inf)
+    return (
+        torch.cat([indices, torch.where(apart, target, indices[:, 0])[:, None]], 1),
+        torch.cat([logits, torch.where(apart, target_logit, -math.inf)[:, None]], 1),
+        torch.where(apart, rest, tail),
+    )
+
+
 def head_divergence(
     student: Float[Tensor, "rows classes"],
     indices: Int64[Tensor, "rows k"],

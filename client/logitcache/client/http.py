@@ -9,9 +9,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import UInt8
 
+from logitcache.client.answers import check_digest, check_rows, decode_states
 from logitcache.client.deadline import Deadline
+from logitcache.client.part_errors import all_missing, all_outside, with_texts
 from logitcache.client.response import JSON, check_answer, parse_json, read_body
 from logitcache.client.retrying import ask
 from logitcache.client.stats import Tally
@@ -21,27 +23,36 @@ from logitcache.labels.errors import (
     DeadlineExceeded,
     DigestChanged,
     InvalidRequest,
+    LogitcacheError,
     MalformedMessage,
+    RangeOutside,
     RowsMissing,
     ServerUnreachable,
-    shown,
+    TooManyRows,
 )
-from logitcache.labels.ids import as_ids
+from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import Description, OnMissing
+from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import SoftLabels, concatenate
 
 MAX_TEXT_BYTES = 16 << 20
-"""A description or a problem above this is refused; a problem that names 65,536 missing ids takes about 1.5 MB."""
+"""A description or a problem above this is refused; a problem that names 65,536 missing ids takes about 3 MB."""
 
 
 @dataclass(frozen=True)
 class _Fetch:
-    """What is the same in all parts of one fetch, and the ids of a part."""
+    """What is the same in all parts of one fetch, and the ids and ranges of a part."""
 
-    ids: Int64[np.ndarray, " examples"]
+    ids: Ids
+    ranges: Ranges | None
     view: int
     on_missing: OnMissing
     deadline: Deadline
+
+    def part(self, begin: int, size: int) -> "_Fetch":
+        """The fetch of ``size`` of its examples."""
+        part = slice(begin, begin + size)
+        return replace(self, ids=self.ids[part], ranges=None if self.ranges is None else self.ranges[part])
 
 
 class HttpLabelSet:
@@ -74,6 +85,7 @@ class HttpLabelSet:
         self._timeout_s, self._retries = timeout_s, retries
         self._tally = tally or Tally()
         self._described: Description | None = None
+        self._examples_a_part: int | None = None
         if transport is None:
             transport = DeadlineTransport(httpx.create_ssl_context() if base_url.startswith("https:") else None)
         self._client = httpx.Client(transport=transport, headers={"Accept-Encoding": "identity"}, trust_env=False)
@@ -88,20 +100,38 @@ class HttpLabelSet:
         return self._describe(Deadline(self._timeout_s))
 
     def fetch(
-        self, ids: Any, *, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> SoftLabels:
         """Soft labels of these examples, as `LabelSet.fetch`; the arrays are views of the bytes that arrived.
 
         A fetch above the server's limits travels in parts, which all have one digest: if it changes in between, all
-        parts are asked for once more.
+        parts are asked for once more. Where examples have many rows, parts are halved until their answers fit.
         """
-        call = _Fetch(as_ids(ids), view, on_missing, Deadline(self._timeout_s))
+        wanted = as_ids(ids)
+        ranges = None if rows is None else as_ranges(rows, len(wanted))
+        call = _Fetch(wanted, ranges, view, on_missing, Deadline(self._timeout_s))
+        check_kind(wanted, self._known(call.deadline).identity.ids, self.name)
         try:
             return self._fetch_parts(call, digest)
         except DigestChanged:
-            if digest is not None or len(call.ids) <= self._rows_a_request(call.deadline):
+            if digest is not None or len(wanted) <= self._part_size(call.deadline):
                 raise
             return self._fetch_parts(call, digest)
+
+    def states(self, ids: Any, *, digest: str | None = None) -> UInt8[np.ndarray, " ids"]:
+        """For each id `LABELLED`, `UNLABELLED` or `UNKNOWN`, as `LabelSet.states`; many ids travel in parts."""
+        wanted, deadline, url = as_ids(ids), Deadline(self._timeout_s), f"{self.url}/missing"
+        described = self._known(deadline)
+        check_kind(wanted, described.identity.ids, self.name)
+        size = described.limits.examples_a_fetch(described.row_spec)
+        parts = []
+        for begin in range(0, len(wanted), size):
+            part = wanted[begin : begin + size]
+            request = wire.encode_ids(part, digest=digest)
+            most_bytes = len(part) + wire.MAX_HEADER_BYTES + 8
+            body = self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, deadline)
+            parts.append(decode_states(body, len(part), url))
+        return np.concatenate(parts)
 
     def close(self) -> None:
         """Close the connections; arrays that were fetched stay valid."""
@@ -120,80 +150,78 @@ class HttpLabelSet:
         """The description as it was read last; read once if it never was."""
         return self._described or self._describe(deadline)
 
-    def _rows_a_request(self, deadline: Deadline) -> int:
-        description = self._known(deadline)
-        return description.limits.rows_a_fetch(description.row_spec.row_bytes)
+    def _part_size(self, deadline: Deadline) -> int:
+        """Examples to ask for at once: what the limits allow, or what an answer was found to hold."""
+        described = self._known(deadline)
+        most = described.limits.examples_a_fetch(described.row_spec)
+        return most if self._examples_a_part is None else min(most, self._examples_a_part)
 
-    def _fetch_parts(self, call: "_Fetch", digest: str | None) -> SoftLabels:
-        size = self._rows_a_request(call.deadline)
+    def _fetch_parts(self, call: _Fetch, digest: str | None) -> SoftLabels:
         parts: list[SoftLabels] = []
         missing: list[RowsMissing] = []
-        for begin in range(0, len(call.ids), size):
-            part = replace(call, ids=call.ids[begin : begin + size])
+        outside: list[RangeOutside] = []
+        begin = 0
+        while begin < len(call.ids):
+            part = call.part(begin, self._part_size(call.deadline))
             try:
                 parts.append(self._fetch_part(part, parts[0].digest if parts else digest))
+            # The other parts are still asked for, so that the error names all ids, as a local label set's does.
             except RowsMissing as error:
-                # The other parts are still asked for, so that the error names all ids, as a local label set's does.
                 missing.append(error)
-        if missing:
-            raise missing[0] if len(call.ids) <= size else self._all_missing(missing, call)
+            except RangeOutside as error:
+                outside.append(error)
+            except TooManyRows:
+                if len(part.ids) == 1:
+                    raise
+                self._examples_a_part = len(part.ids) // 2
+                continue
+            begin += len(part.ids)
+        if missing and len(part.ids) < len(call.ids):
+            raise all_missing(missing, call.ids, self._describe(call.deadline), digest)
+        if missing or outside:
+            raise missing[0] if missing else all_outside(outside)
         for rows in parts:
-            self._check_digest(rows, parts[0].digest)
+            check_digest(rows, parts[0].digest, self.url)
         return concatenate(parts)
 
-    def _fetch_part(self, call: "_Fetch", digest: str | None) -> SoftLabels:
-        url, asked = f"{self.url}/fetch", len(call.ids)
-        request = wire.encode_ids(call.ids, view=call.view, digest=digest, on_missing=call.on_missing)
-        described = self._known(call.deadline)
-        most_bytes = asked * (described.row_spec.row_bytes + 1) + wire.MAX_HEADER_BYTES + 8
-        soft = wire.decode_rows(self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, call.deadline))
-        if len(soft) != asked:
-            raise MalformedMessage(f"{url} answered with {len(soft):,} rows for {asked:,} ids; nothing of it was used")
-        self._check_rows(soft, described, call.on_missing)
+    def _fetch_part(self, part: _Fetch, digest: str | None) -> SoftLabels:
+        url, described = f"{self.url}/fetch", self._known(part.deadline)
+        most_bytes = self._most_bytes(part, described)
+        request = wire.encode_ids(part.ids, part.ranges, view=part.view, digest=digest, on_missing=part.on_missing)
+        try:
+            body = self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, part.deadline)
+        except LogitcacheError as error:
+            raise with_texts(error, part.ids) from error.__cause__
+        soft = wire.decode_rows(body)
+        masked = part.on_missing == "mask"
+        check_rows(soft, described, self.url, examples=len(part.ids), ranges=part.ranges, masked=masked)
         if digest is not None:
-            self._check_digest(soft, digest)
+            check_digest(soft, digest, self.url)
+        self._note_size(soft, described)
         return soft
 
-    def _check_rows(self, soft: SoftLabels, described: Description, on_missing: OnMissing) -> None:
-        """Refuse rows that are not what the description says, before anyone trains on them."""
-        spec, classes = described.row_spec, described.identity.classes
-        found = (soft.indices.shape[1], soft.indices.dtype, soft.logits.dtype, soft.temperatures)
-        if found != (spec.k, np.dtype(spec.index_dtype), np.dtype(spec.dtype), spec.temperatures):
-            raise DigestChanged(
-                f"{self.url} sends rows of another shape than it described (k, dtypes, temperatures: {found}): "
-                "another label set stands there now; connect again to take it",
-                served=soft.digest,
-            )
-        if (soft.present is not None) != (on_missing == "mask"):
-            raise MalformedMessage(f"{self.url} sends a mask that was not asked for, or none where it was")
-        largest = int(soft.indices.max(initial=0))
-        if largest >= classes:
-            raise MalformedMessage(f"{self.url} sends class {largest:,} of a teacher with {classes:,} classes")
+    def _most_bytes(self, part: _Fetch, described: Description) -> int:
+        """Bytes that the answer to this part may have, header included.
 
-    def _check_digest(self, soft: SoftLabels, digest: str | None) -> None:
-        if soft.digest != digest:
-            raise DigestChanged(
-                f"{self.url} serves {soft.digest or 'an unfinished label set'} where "
-                f"{digest or 'an unfinished label set'} was expected; "
-                "connect again without a digest to take what is there",
-                expected=digest,
-                served=soft.digest,
-            )
+        Raises:
+            TooManyRows: so many rows are asked for that the server would refuse.
+        """
+        spec, examples, rows = described.row_spec, len(part.ids), len(part.ids)
+        if spec.ragged and part.ranges is not None:
+            rows = int((part.ranges[:, 1] - part.ranges[:, 0]).sum())
+            described.limits.check(spec, examples, rows)
+        size = rows * spec.row_bytes + examples * spec.example_bytes
+        if spec.ragged and part.ranges is None:
+            size = max(described.limits.response_bytes, size)
+        # A mask has a byte an example, and row_splits have one more entry than there are examples.
+        return size + examples + 8 + wire.MAX_HEADER_BYTES + 8
 
-    def _all_missing(self, parts: list[RowsMissing], call: "_Fetch") -> RowsMissing:
-        unknown = list(dict.fromkeys(missing for part in parts for missing in part.unknown))
-        unlabelled = list(dict.fromkeys(missing for part in parts for missing in part.unlabelled))
-        told = []
-        if unknown:
-            told.append(f"unknown: {shown(unknown)}; its ids are 0 to {self._known(call.deadline).examples - 1:,}")
-        if unlabelled:
-            told.append(f"without labels: {shown(unlabelled)}; run its precompute again")
-        return RowsMissing(
-            f"{len(unknown) + len(unlabelled):,} of {len(np.unique(call.ids)):,} examples have no labels in "
-            f"{self.name!r}: {'; '.join(told)}",
-            unknown=unknown,
-            unlabelled=unlabelled,
-        )
+    def _note_size(self, soft: SoftLabels, described: Description) -> None:
+        """Ask for more examples at once again, where an answer of as many as we dared was far below the limit."""
+        spec = described.row_spec
+        size = len(soft) * spec.row_bytes + soft.examples * spec.example_bytes
+        if soft.examples == self._examples_a_part and 4 * size < described.limits.response_bytes:
+            self._examples_a_part = 2 * soft.examples
 
     def _exchange(
         self, method: str, url: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline

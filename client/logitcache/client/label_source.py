@@ -1,43 +1,37 @@
 """`Labels`: what `connect` returns. A reader plus what a training loop needs around it.
 
 It opens its reader where it is used: in the process that connected, and anew in each forked or spawned DataLoader
-worker, which inherits neither socket nor lock. It knows nothing of HTTP, files or torch.
+worker, which inherits neither socket nor lock. It follows a label set that grows or is repaired, and refuses another
+one in its place. It knows nothing of HTTP, files or torch.
 """
 
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from logitcache.client.attach import AttachedLoader, Part
+from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, token_parts
 from logitcache.client.fetched import FetchedLabels
-from logitcache.client.stats import Stats, Tally
-from logitcache.client.target import check_expected, open_label_set, parse_target
-from logitcache.labels.errors import DigestChanged, InvalidRequest, LabelMismatch, ShapeMismatch, shown
-from logitcache.labels.fingerprints import fingerprints
+from logitcache.client.held_inputs import (
+    HeldTokens,
+    check_counts,
+    check_fingerprints,
+    check_one_an_id,
+    check_tokens,
+    held_tokens,
+    on_cpu,
+    too_many,
+)
+from logitcache.client.in_process import InProcess
+from logitcache.client.stats import Stats
+from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
+from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
 from logitcache.labels.identity import TeacherId
 from logitcache.labels.ids import as_ids
-from logitcache.labels.label_set import Description, LabelSet, OnMissing
-from logitcache.labels.soft_labels import SoftLabels
+from logitcache.labels.label_set import LABELLED, Description, LabelSet, OnMissing
+from logitcache.labels.ranges import as_ranges
 
 Batch = TypeVar("Batch")
-
-_ARRAYS = ("indices", "logits", "logit_max", "tail_logsumexp", "fingerprint", "present")
-
-
-class _InProcess:
-    """What belongs to one process and must not be used by a fork of it."""
-
-    def __init__(self, inherited: "_InProcess | None" = None) -> None:
-        self.pid = os.getpid()
-        self.lock = threading.Lock()  # a lock that a thread of the parent held would never be released here
-        self.reader: LabelSet | None = None
-        self.described: Description | None = None  # as it was when this process last checked it
-        self.tally = Tally()
-        self.inherited = inherited  # kept alive: collecting it would close sockets and mappings of the parent's reader
 
 
 class Labels:
@@ -58,7 +52,7 @@ class Labels:
         self._digest, self._teacher = digest, teacher
         self._timeout_s, self._retries = timeout_s, retries
         self._closed = False
-        self._process = _InProcess()
+        self._process = InProcess()
 
     def open(self) -> "Labels":
         """Read and check the description now, and not at the first use; returns itself."""
@@ -69,43 +63,89 @@ class Labels:
         """The label set as of now: identity, progress, digest, limits."""
         return self._reader().describe()
 
-    def fetch(self, ids: Any, *, view: int = 0, inputs: Any = None, on_missing: OnMissing = "error") -> FetchedLabels:
+    def fetch(
+        self,
+        ids: Any,
+        *,
+        rows: Any = None,
+        view: int = 0,
+        inputs: Any = None,
+        attention_mask: Any = None,
+        on_missing: OnMissing = "error",
+    ) -> FetchedLabels:
         """Soft labels of these examples, in the order asked for; duplicates are allowed.
 
         Args:
-            ids: whole numbers: a list, an integer array or a tensor.
+            ids: whole numbers (a list, an integer array or a tensor) or texts, whichever the label set's are.
+            rows: of a causal label set, which rows of each example: ``(start, stop)`` for all, or an array (examples,
+                2). None means all, or as many as ``inputs`` have tokens.
             view: which augmentation; this version has one, 0.
-            inputs: the inputs that you hold for these ids (a stacked tensor or array, or a list), to be checked against
-                what the teacher was shown, bit by bit: same dtype, shape and values.
-            on_missing: ``"error"``, or ``"mask"`` for a ``present`` mask and NaN where there is no label.
+            inputs: the inputs that you hold for these ids, to be checked against what the teacher was shown. Of a
+                pointwise label set, a stacked tensor or array, or a list: compared bit by bit, dtype and shape too. Of
+                a causal one, token ids in any integer dtype: padded to (batch, length), or a list with one sequence for
+                each example. They may be cut short: labels then come for the tokens that are there. Where ``rows`` is
+                given, they are the tokens of those rows.
+            attention_mask: of padded token ids, 1 for a token and 0 for padding, left or right of the tokens. Without
+                it all of ``inputs`` are tokens.
+            on_missing: ``"error"``, or ``"mask"`` for a ``present`` mask: where there is no label, a pointwise example
+                has a row of NaN, a causal one no rows.
 
         Raises:
             RowsMissing: some ids have no labels; ``error.ids`` names them.
-            LabelMismatch: inputs differ from what the teacher was shown; ``error.ids`` names their examples.
-            ShapeMismatch: there are more or fewer inputs than ids.
+            LabelMismatch: inputs differ from what the teacher was shown, or are longer; ``error.ids`` names their
+                examples.
+            RangeOutside: some examples have fewer rows; ``error.ids`` names them.
+            ShapeMismatch: there are more or fewer inputs than ids, or tokens than rows.
             InvalidIds, UnknownView, InvalidRequest: an argument cannot be right.
-            DigestChanged: the label set is no longer at the digest that was pinned.
+            DigestChanged: the label set no longer has the digest that was pinned.
             DeadlineExceeded, Unavailable: no answer within the time allowed.
         """
-        wanted = as_ids(_on_cpu(ids))
-        if inputs is not None and len(inputs) != len(wanted):
-            raise ShapeMismatch(f"{len(inputs):,} inputs were given for {len(wanted):,} ids: one an id is needed")
+        wanted = as_ids(on_cpu(ids))
         reader = self._reader()
-        soft = reader.fetch(wanted, view=view, digest=self._digest, on_missing=on_missing)
-        self._check_content(reader, soft)
-        arrays = [getattr(soft, name) for name in _ARRAYS]
-        self._here().tally.count(rows=len(soft), bytes=sum(array.nbytes for array in arrays if array is not None))
-        if inputs is not None:
-            self._check_inputs(wanted, inputs, soft)
+        held: HeldTokens | None = None
+        if self._is_causal and inputs is not None:
+            held = held_tokens(inputs, attention_mask, wanted)
+            if rows is not None:
+                rows = as_ranges(on_cpu(rows), len(wanted))
+                check_counts(held, rows, wanted)
+        elif attention_mask is not None:
+            raise InvalidRequest("attention_mask says which of the inputs are tokens: give it with token ids as inputs")
+        elif inputs is not None:
+            check_one_an_id(inputs, len(wanted))
+        asked = held.ranges if held is not None and rows is None else on_cpu(rows)
+        try:
+            soft = reader.fetch(wanted, rows=asked, view=view, digest=self._digest, on_missing=on_missing)
+        except RangeOutside as error:
+            if rows is not None:
+                raise
+            raise too_many(error.ids, masked=attention_mask is not None) from error
+        self._follow(reader, soft.digest)
+        self._here().tally.count(rows=len(soft), bytes=sum(array.nbytes for array in soft.arrays().values()))
+        if held is not None:
+            check_tokens(held, soft, wanted, repr(self), masked=attention_mask is not None)
+        elif inputs is not None:
+            check_fingerprints(inputs, soft, wanted)
         return FetchedLabels.of(soft)
+
+    def missing(self, ids: Any) -> list[Id]:
+        """Those of these ids that have no labels, once each, in the order given.
+
+        They are unknown to the label set, not labelled yet, or withdrawn as damaged. Errors are those of `fetch`.
+        """
+        wanted = as_ids(on_cpu(ids))
+        reader = self._reader()
+        self._follow(reader, self._digest or reader.describe().digest)
+        return wanted.at(reader.states(wanted, digest=self._digest) != LABELLED)
 
     def attach(
         self,
         loader: Iterable[Batch],
         *,
         ids: Part,
+        rows: Part | tuple[int, int] | None = None,
         view: int = 0,
-        inputs: Part | None = None,
+        inputs: Part | Auto | None = AUTO,
+        attention_mask: Part | Auto | None = AUTO,
         on_missing: OnMissing = "error",
         depth: int = 2,
         device: Any = None,
@@ -116,24 +156,36 @@ class Labels:
         length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes. Batches are held
         until their step: a loader that refills one buffer must be copied from, or attached with ``depth=0``.
 
+        With a causal label set, the token ids of every batch that is a mapping with ``"input_ids"`` are checked, and
+        the labels come cut to the tokens that the batch has.
+
         Args:
             loader: a DataLoader, or any iterable of batches.
             ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`.
+            rows: which rows of each example, for batches that begin in the middle of their examples: ``(start, stop)``
+                for all, or where a batch has an array or tensor (examples, 2) of them.
             view: as in `fetch`.
             inputs: where a batch has the inputs, to check every one of them as `fetch` does; None checks nothing.
-            on_missing: as in `fetch`; `distillation_loss` takes the CE alone for rows that are masked.
+                Unless given, ``"input_ids"`` of batches that have it, with a causal label set; nothing otherwise.
+            attention_mask: where a batch has the mask of these inputs; unless given, ``"attention_mask"`` of batches
+                that have it, with a causal label set. None takes all inputs for tokens.
+            on_missing: as in `fetch`; `distillation_loss` takes the CE alone for examples that are masked.
             depth: batches whose labels are fetched ahead; each is held in memory.
             device: yield `SoftLabelTensors` there in place of NumPy arrays.
 
         Raises:
-            InvalidRequest: ``depth`` is below 0.
+            InvalidRequest: ``depth`` is below 0, or ``attention_mask`` is given without ``inputs``.
         """
+        self._reader()
+        parts = token_parts(inputs, attention_mask) if self._is_causal else _given(inputs, attention_mask)
 
-        def fetch(ids: Any, inputs: Any) -> FetchedLabels:
-            return self.fetch(ids, view=view, inputs=inputs, on_missing=on_missing)
+        def fetch(ids: Any, **others: Any) -> FetchedLabels:
+            return self.fetch(ids, view=view, on_missing=on_missing, **{"rows": rows, **others})
 
+        if rows is not None and not isinstance(rows, tuple):
+            parts["rows"] = rows
         return AttachedLoader(
-            loader, fetch, lambda: self._here().tally, ids=ids, inputs=inputs, depth=depth, device=device
+            loader, fetch, lambda: self._here().tally, ids=ids, parts=parts, depth=depth, device=device
         )
 
     @property
@@ -161,9 +213,9 @@ class Labels:
     def __reduce__(self) -> Any:
         return _rebuild, (str(self._target), self._digest, self._teacher, self._timeout_s, self._retries)
 
-    def _here(self) -> _InProcess:
+    def _here(self) -> InProcess:
         if self._process.pid != os.getpid():
-            self._process = _InProcess(inherited=self._process)
+            self._process = InProcess(inherited=self._process)
         return self._process
 
     def _reader(self) -> LabelSet:
@@ -185,51 +237,30 @@ class Labels:
                 here.reader = reader
             return here.reader
 
-    def _check_content(self, reader: LabelSet, soft: SoftLabels) -> None:
-        """Follow a label set that is finished or repaired, and refuse another one that was put in its place."""
+    @property
+    def _is_causal(self) -> bool:
+        """Each token has a row. It cannot change: another alignment is another label set."""
+        described = self._here().described
+        return described is not None and described.identity.alignment == "causal"
+
+    def _follow(self, reader: LabelSet, digest: str | None) -> None:
+        """Take a label set that was finished, repaired or grew, and refuse another one that was put in its place.
+
+        ``digest`` is that of what was just read. The reader holds it to the one that was pinned, if any.
+        """
         here = self._here()
-        if here.described is None or soft.digest == here.described.digest:
+        if here.described is None or digest == (self._digest or here.described.digest):
             return
         now = reader.describe()
         check_expected(now, digest=self._digest, teacher=self._teacher)
-        if changed := here.described.identity.differences(now.identity):
-            raise DigestChanged(
-                f"{self!r} was replaced by another label set ({', '.join(changed)} changed): these rows are not of the "
-                "one that you connected to; connect again to take it",
-                expected=here.described.digest,
-                served=soft.digest,
-            )
-        before = here.described
-        if before.generation is not None and (now.generation or 0) <= before.generation:
-            raise DigestChanged(
-                f"{self!r} was made anew: it was at {before.digest} (generation {before.generation}) and is at "
-                f"{now.digest} (generation {now.generation}), so its examples may be others; connect again to take it",
-                expected=before.digest,
-                served=soft.digest,
-            )
+        check_successor(here.described, now, repr(self), digest)
         here.described = now
 
-    def _check_inputs(self, ids: np.ndarray, inputs: Any, soft: SoftLabels) -> None:
-        try:
-            held = fingerprints(_on_cpu(inputs))
-        except TypeError as error:
-            raise InvalidRequest(f"inputs cannot be compared with what the teacher was shown: {error}") from None
-        differs = held != soft.fingerprint
-        if soft.present is not None:
-            differs &= soft.present
-        if differs.any():
-            wrong = list(dict.fromkeys(ids[differs].tolist()))
-            raise LabelMismatch(
-                f"the inputs of {len(wrong):,} examples are not what the teacher was shown (ids: {shown(wrong)}): "
-                "the ids are not those of these inputs (was with_ids forgotten, or wrapped around a subset?), or the "
-                "dataset was re-ordered or is preprocessed in another way",
-                ids=wrong,
-            )
 
-
-def _on_cpu(values: Any) -> Any:
-    """A tensor in one transfer in place of one a row; anything else as it is."""
-    return values.detach().cpu() if hasattr(values, "detach") else values
+def _given(inputs: Part | Auto | None, attention_mask: Part | Auto | None) -> dict[str, Part]:
+    """The parts of a batch that were named; a pointwise label set looks for none by itself."""
+    named = {"inputs": inputs, "attention_mask": attention_mask}
+    return {name: part for name, part in named.items() if part is not None and not isinstance(part, Auto)}
 
 
 def _rebuild(

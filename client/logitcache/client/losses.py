@@ -1,10 +1,10 @@
 """The distillation loss on soft labels: ``alpha · T² · KL + (1 - alpha) · CE`` with the cases that a batch can hold.
 
-The divergence itself is in `divergence`. Knows nothing of where soft labels come from, and moves them to the student's
-device.
+The divergence itself is in `divergence`, which positions are compared in `pairing`. Knows nothing of where soft labels
+come from, and moves them to the student's device.
 """
 
-import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -12,19 +12,23 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from logitcache.client.divergence import bucket_divergence, head_divergence
+from logitcache.client.chunks import values_in_chunks
+from logitcache.client.divergence import bucket_divergence, head_divergence, target_divergence
+from logitcache.client.pairing import Pairs, paired
 from logitcache.client.tensors import SoftLabelTensors
-from logitcache.labels.errors import InvalidRequest, ShapeMismatch
-from logitcache.labels.soft_labels import SoftLabels, temperature_column
+from logitcache.labels.errors import InvalidRequest
+from logitcache.labels.soft_labels import SoftLabels
 
 Soft: TypeAlias = SoftLabels | SoftLabelTensors
+ValueOf: TypeAlias = Callable[[Tensor, Pairs], Tensor]
+"""From logits (pairs, classes) and what they are compared with to a value each."""
 
 
 def distillation_loss(
     student_logits: Tensor,
     soft: Soft,
     *,
-    targets: Tensor | None = None,
+    targets: Tensor | str | None = None,
     temperature: float = 1.0,
     alpha: float = 0.9,
     tail: str = "bucket",
@@ -33,89 +37,122 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    padding: str | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """``alpha · T² · KL_T(teacher || student) + (1 - alpha) · CE(student, target)`` of each example, reduced.
+    """``alpha · T² · KL_T(teacher || student) + (1 - alpha) · CE(student, target)`` of each position, reduced.
 
-    T² keeps the soft gradients' size when the temperature changes (Hinton et al. 2015, arXiv 1503.02531, section 2). An
-    example without a target has ``T² · KL`` alone, one without labels (``present`` is False) CE alone, one with neither
-    nothing, and it is not counted. Computed in float32, under autocast too, or in float64 for a float64 student.
+    T² keeps the soft gradients' size when the temperature changes (Hinton et al. 2015, arXiv 1503.02531, section 2). A
+    position without a target has ``T² · KL`` alone, one without labels CE alone, one with neither nothing, and it is
+    not counted. Computed in float32, under autocast too, or in float64 for a float64 student.
+
+    **Pointwise labels** (one row an example): the student's logits are (batch, classes), and a position is an example.
+
+    **Causal labels** (one row a token): the student's logits are those of a causal model, unshifted, and one of
+
+    - (batch, length, classes), one example a line, padded: say ``padding`` or ``attention_mask``, unless each example
+      fills its line;
+    - (rows, classes) or (1, rows, classes), the examples one after the other, and nothing else;
+    - (packs, length, classes), the examples one after the other in row-major order, with an ``attention_mask`` that is
+      1 at their tokens. As many lines as examples are always one example a line.
+
+    The row of token i is compared with the logits at token i, and its target is the label of token i + 1 of the same
+    example; an example's last token has none. Positions that are no example's token are never read. An example without
+    labels takes CE alone, at the tokens of its line that ``attention_mask`` tells; without one, wherever ``targets``
+    has a next label in its line, but for the first with ``padding="left"``: the position before it may be padding. In a
+    pack such examples must be left out. Memory beside the logits and their gradient is that of a few rows.
 
     Args:
-        student_logits: (batch, classes), raw. Classes beyond the teacher's count as part of its residual.
+        student_logits: raw, as above. Classes beyond the teacher's count as part of its residual.
         soft: the batch's soft labels, as fetched or as tensors on any device.
-        targets: (batch,) class indices; None or ``ignore_index`` where there is none.
+        targets: class indices, None or ``ignore_index`` where there is none: (batch,), or unshifted labels in the shape
+            of the student's positions, that of the logits without the classes. ``"stored"`` takes the label set's own:
+            with ranges of rows it alone knows the token after a range.
         temperature: one that the label set declares.
         alpha: weight of the soft part, in [0, 1].
         tail: ``"bucket"`` compares what is outside the stored k as one class: exact gradient on the stored ones, a
-            lower bound of the full KL, and the full KL at k = classes. ``"renormalise"`` forgets what is outside, and
-            is biased.
-        reduction: ``"mean"`` over the counted examples (0 if there are none), ``"sum"``, or ``"none"`` for (batch,).
+            lower bound of the full KL, and the full KL at k = classes. ``"target"`` takes the stored target out of the
+            bucket, a bound at least as tight. ``"renormalise"`` forgets what is outside, and is biased.
+        reduction: ``"mean"`` over the counted positions (0 if there are none), ``"sum"``, or ``"none"`` for a value at
+            each of the student's positions, 0 where nothing counts.
         num_items: divides the sum in place of the count, for gradient accumulation; with ``"mean"`` only.
         label_smoothing: of the CE, in [0, 1].
         ignore_index: the target that means none.
-        mask: (batch,) bool; examples with False are left out and not counted, whatever their logits are.
+        mask: bool, in the shape of the student's positions; those with False are left out and not counted, whatever
+            their logits are. The position that predicts token i is i - 1.
+        padding: causal: the side on which lines are padded, ``"right"`` or ``"left"``; the rest is as long as the
+            example's rows.
+        attention_mask: causal, in the shape of the student's positions: 1 at the examples' tokens, else 0. It is read
+            on the CPU: one that is on a device makes the host wait for it.
 
     Raises:
         UndeclaredTemperature: no tail was stored for this temperature.
-        ShapeMismatch: batch sizes disagree, or the student has no such class as the labels hold.
-        InvalidRequest: an argument is out of its bounds.
+        ShapeMismatch: examples, rows and positions disagree, or the student has no such class as the labels hold.
+        InvalidRequest: an argument is out of its bounds, or needs stored targets and there are none.
     """
     _check_options(alpha, reduction, num_items, label_smoothing)
-    student_logits = _checked(student_logits, soft, {"targets": targets, "mask": mask})
-    if mask is not None:
-        mask = mask.to(student_logits.device, torch.bool)
-        # Masking the result alone would leave 0 · NaN in the gradient of an example whose logits mean nothing.
-        student_logits = student_logits.masked_fill(~mask[:, None], 0.0)
     soft = _moved(soft, student_logits)
-    labelled = torch.ones_like(student_logits[:, 0], dtype=torch.bool) if soft.present is None else soft.present
-    kl = temperature**2 * _divergence(student_logits, soft, temperature, tail)
-    if targets is None:
-        per_example, counted = kl, labelled
-    else:
-        targets = targets.to(student_logits.device, torch.int64)
-        if mask is not None:
-            targets = targets.masked_fill(~mask, ignore_index)
-        _check_targets(targets, student_logits.shape[1], ignore_index)
-        has_target = targets != ignore_index
-        ce = F.cross_entropy(
-            student_logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-        )
-        # kl is 0 where there are no labels and ce where there is no target, so their sum is the one that applies.
-        per_example = torch.where(labelled & has_target, alpha * kl + (1 - alpha) * ce, kl + ce)
-        counted = labelled | has_target
-    if mask is not None:
-        counted = counted & mask
-        per_example = torch.where(mask, per_example, 0.0)
-    return _reduced(per_example, counted, reduction, num_items)
+    _check_tail(tail, soft)
+    pairs, positions = paired(
+        student_logits,
+        soft,
+        temperature=temperature,
+        targets=targets,
+        ignore_index=ignore_index,
+        mask=mask,
+        padding=padding,
+        attention_mask=attention_mask,
+    )
+
+    def loss(logits: Tensor, pairs: Pairs) -> Float[Tensor, " pairs"]:
+        if pairs.mask is not None:
+            # Masking the result alone would leave 0 · NaN in the gradient of a position whose logits mean nothing.
+            logits = logits.masked_fill(~pairs.mask[:, None], 0.0)
+        logits = _precise(logits)
+        value = temperature**2 * _divergence(logits, pairs, temperature, tail)
+        if pairs.targets is not None:
+            ce = F.cross_entropy(
+                logits, pairs.targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+            )
+            has_target = pairs.targets != ignore_index
+            has_both = has_target if pairs.labelled is None else has_target & pairs.labelled
+            # The divergence is 0 without labels and ce without a target, so their sum is the one that applies.
+            value = torch.where(has_both, alpha * value + (1 - alpha) * ce, value + ce)
+        return value if pairs.mask is None else torch.where(pairs.mask, value, 0.0)
+
+    values = _values(student_logits, pairs, positions, loss)
+    if reduction == "none":
+        return _at_positions(values, student_logits, positions)
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    # Counting stays on the device: reading the count would make the host wait for it.
+    return total / (_counted(pairs, ignore_index).sum().clamp(min=1) if num_items is None else num_items)
 
 
 def kl_divergence(
-    student_logits: Tensor, soft: Soft, *, temperature: float = 1.0, tail: str = "bucket"
-) -> Float[Tensor, " batch"]:
-    """KL_T(teacher || student) of each example in nats, without the factor T²; 0 for examples without labels.
+    student_logits: Tensor,
+    soft: Soft,
+    *,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    padding: str | None = None,
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "*positions"]:
+    """KL_T(teacher || student) at each of the student's positions in nats, without the factor T²; 0 without labels.
 
     Arguments and errors are those of `distillation_loss`.
     """
-    student_logits = _checked(student_logits, soft, {})
-    return _divergence(student_logits, _moved(soft, student_logits), temperature, tail)
+    soft = _moved(soft, student_logits)
+    _check_tail(tail, soft)
+    pairs, positions = paired(
+        student_logits, soft, temperature=temperature, padding=padding, attention_mask=attention_mask
+    )
 
+    def divergence(logits: Tensor, pairs: Pairs) -> Float[Tensor, " pairs"]:
+        return _divergence(_precise(logits), pairs, temperature, tail)
 
-def _divergence(student: Tensor, soft: SoftLabelTensors, temperature: float, tail: str) -> Float[Tensor, " batch"]:
-    column = temperature_column(soft.temperatures, temperature)
-    indices, logits = soft.indices, soft.logits.to(student.dtype)
-    tails = soft.tail_logsumexp[:, column].to(student.dtype)
-    if soft.present is not None:
-        # Rows without labels hold NaN, which would reach the gradient through a mask on the result alone.
-        indices = torch.where(soft.present[:, None], indices, 0)
-        logits = torch.where(soft.present[:, None], logits, 0.0)
-        tails = torch.where(soft.present, tails, -math.inf)
-    if tail == "bucket":
-        divergence = bucket_divergence(student, indices, logits, tails, temperature)
-    elif tail == "renormalise":
-        divergence = head_divergence(student, indices, logits, temperature)
-    else:
-        raise InvalidRequest(f"tail={tail!r} is not known: use 'bucket', or 'renormalise' (biased)")
-    return divergence if soft.present is None else torch.where(soft.present, divergence, 0.0)
+    return _at_positions(_values(student_logits, pairs, positions, divergence), student_logits, positions)
 
 
 def _moved(soft: Soft, student: Tensor) -> SoftLabelTensors:
@@ -124,41 +161,52 @@ def _moved(soft: Soft, student: Tensor) -> SoftLabelTensors:
     return SoftLabelTensors.of(soft, student.device, non_blocking=True)
 
 
-def _checked(student: Tensor, soft: Soft, others: dict[str, Tensor | None]) -> Tensor:
-    """The student's logits in float32 or float64, if all shapes agree."""
-    if student.ndim != 2 or not student.is_floating_point():
-        raise ShapeMismatch(
-            f"student_logits of shape {tuple(student.shape)} and {student.dtype} are not (batch, classes) of floats"
-        )
-    batch, classes = student.shape
-    if batch != len(soft):
-        raise ShapeMismatch(
-            f"student_logits have {batch:,} rows and the soft labels {len(soft):,}: one an example is needed"
-        )
-    for name, tensor in others.items():
-        if tensor is not None and tensor.shape != (batch,):
-            raise ShapeMismatch(f"{name} has shape {tuple(tensor.shape)} and not ({batch},), one an example")
-    targets = others.get("targets")
-    if targets is not None and (targets.is_floating_point() or targets.dtype == torch.bool):
-        raise InvalidRequest(f"targets are {targets.dtype} and not class indices: give whole numbers")
-    largest = soft.largest_index if isinstance(soft, SoftLabelTensors) else int(soft.indices.max(initial=0))
-    if largest >= classes:
-        raise ShapeMismatch(
-            f"the student has {classes:,} classes and the labels hold class {largest:,}: "
-            "teacher and student must share their classes"
-        )
-    return student if student.dtype == torch.float64 else student.float()
+def _values(student: Tensor, pairs: Pairs, positions: Tensor | None, value: ValueOf) -> Float[Tensor, " pairs"]:
+    """The value of each pair; causal ones, of which a batch has thousands, in chunks."""
+    if positions is None:
+        return value(student, pairs)
+    flat = student.reshape(-1, student.shape[-1])
+    return values_in_chunks(flat, positions, lambda logits, chunk: value(logits, pairs.at(chunk)))
 
 
-def _check_targets(targets: Tensor, classes: int, ignore_index: int) -> None:
-    """On the CPU, where looking costs nothing: elsewhere it would make the host wait for the device."""
-    if targets.device.type != "cpu":
-        return
-    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
-    if len(wrong):
+def _at_positions(values: Tensor, student: Tensor, positions: Tensor | None) -> Float[Tensor, "*positions"]:
+    if positions is None:
+        return values
+    shape = student.shape[:-1]
+    return values.new_zeros(shape.numel()).index_copy(0, positions, values).reshape(shape)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _divergence(student: Tensor, pairs: Pairs, temperature: float, tail: str) -> Float[Tensor, " pairs"]:
+    logits, tails = pairs.logits.to(student.dtype), pairs.tail.to(student.dtype)
+    if tail == "renormalise":
+        divergence = head_divergence(student, pairs.indices, logits, temperature)
+    elif tail == "target" and pairs.target is not None and pairs.target_logit is not None:
+        target_logit = pairs.target_logit.to(student.dtype)
+        divergence = target_divergence(student, pairs.indices, logits, tails, pairs.target, target_logit, temperature)
+    else:
+        divergence = bucket_divergence(student, pairs.indices, logits, tails, temperature)
+    return divergence if pairs.labelled is None else torch.where(pairs.labelled, divergence, 0.0)
+
+
+def _counted(pairs: Pairs, ignore_index: int) -> Bool[Tensor, " pairs"]:
+    """Where there are labels or a target, and the mask leaves them in."""
+    counted = torch.ones_like(pairs.tail, dtype=torch.bool) if pairs.labelled is None else pairs.labelled
+    if pairs.targets is not None:
+        counted = counted | (pairs.targets != ignore_index)
+    return counted if pairs.mask is None else counted & pairs.mask
+
+
+def _check_tail(tail: str, soft: SoftLabelTensors) -> None:
+    if tail not in ("bucket", "target", "renormalise"):
+        raise InvalidRequest(f"tail={tail!r} is not known: use 'bucket', 'target', or 'renormalise' (biased)")
+    if tail == "target" and soft.target is None:
         raise InvalidRequest(
-            f"target {int(wrong[0])} is not one of the student's {classes:,} classes, nor ignore_index={ignore_index}, "
-            "which means none"
+            "tail='target' needs the teacher's logits of the targets, and this label set was made without targets: "
+            "use tail='bucket', or precompute another label set of a dataset that has them"
         )
 
 
@@ -171,19 +219,6 @@ def _check_options(alpha: float, reduction: str, num_items: object, label_smooth
     if num_items is not None and reduction != "mean":
         raise InvalidRequest(f"num_items divides the sum of reduction='mean'; it means nothing with {reduction!r}")
     if isinstance(num_items, int) and num_items <= 0:
-        raise InvalidRequest(f"num_items={num_items} cannot divide a loss: give the number of examples that count")
-
-
-def _reduced(
-    per_example: Float[Tensor, " batch"],
-    counted: Bool[Tensor, " batch"],
-    reduction: str,
-    num_items: int | Tensor | None,
-) -> Tensor:
-    if reduction == "none":
-        return per_example
-    total = per_example.sum()
-    if reduction == "sum":
-        return total
-    # Counting stays on the device: reading the count would make the host wait for it.
-    return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
+        raise InvalidRequest(
+            f"num_items={num_items} cannot divide a loss: give the number that count: examples, or tokens"
+        )

@@ -80,13 +80,13 @@ def check_expected(found: Description, *, digest: str | None, teacher: str | Tea
     """Refuse a label set that is not the one expected; None expects nothing.
 
     Raises:
-        DigestChanged: it is at another digest, or not complete yet.
+        DigestChanged: none of its generations has this digest.
         TeacherMismatch: another teacher made it. A text is compared with the teacher's name and with its weights.
     """
-    if digest is not None and found.digest != digest:
+    if digest is not None and digest not in {generation.digest for generation in found.generations}:
         raise DigestChanged(
-            f"{found.name!r} is at {found.digest or 'no digest yet: it is being built'}, not at the pinned {digest}; "
-            "pin the new digest to go on with it",
+            f"{found.name!r} is at {found.digest or 'no digest yet: it is being built'}, and none of its "
+            f"{len(found.generations):,} generations is the pinned {digest}; pin a digest that it has to go on with it",
             expected=digest,
             served=found.digest,
         )
@@ -98,6 +98,35 @@ def check_expected(found: Description, *, digest: str | None, teacher: str | Tea
         expected=_json_value(teacher),
         served=_json_value(actual),
     )
+
+
+def check_successor(before: Description, now: Description, target: str, served: str | None) -> None:
+    """Refuse another label set in the place of one that was read before; one that grew or was repaired is the same.
+
+    Args:
+        before: the label set as it was described.
+        now: what is described in its place.
+        target: where that is, for the message.
+        served: digest of what was just read there.
+
+    Raises:
+        DigestChanged: another label set stands there.
+    """
+    if changed := before.identity.differences(now.identity):
+        raise DigestChanged(
+            f"{target} was replaced by another label set ({', '.join(changed)} changed): these rows are not of the "
+            "one that you connected to; connect again to take it",
+            expected=before.digest,
+            served=served,
+        )
+    # What was sealed once stays among the generations; only another label set lacks it.
+    if before.generations and before.generations[-1] not in now.generations:
+        raise DigestChanged(
+            f"{target} was made anew: it was at {before.digest} (generation {before.generation}) and is at "
+            f"{now.digest} (generation {now.generation}), so its examples may be others; connect again to take it",
+            expected=before.digest,
+            served=served,
+        )
 
 
 def _json_value(teacher: str | TeacherId) -> Any:
