@@ -5,15 +5,8 @@ the trained weights are kept, so a second call gives the same teacher, and its l
 Knows nothing of label sets or of students.
 """
 
-import os
-import zipfile
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from logitcache.server.demo.weights import trained_once
 
 CLASSES = 10
 BATCH = 64
@@ -86,25 +81,9 @@ def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def teacher() -> Teacher:
     """The trained teacher in eval mode. The first call trains it (some ten seconds), later ones read its file."""
-    path = demo_folder() / f"digits-teacher-{RECIPE}.npz"
-    weights = _read(path)
-    if weights is None:
-        click.echo(f"Training the demo's teacher; its weights are kept in {path}", err=True)
-        _keep(path, _trained().state_dict())
-        weights = _read(path)
-        if weights is None:
-            raise OSError(f"the weights just written to {path} cannot be read back")
     model = Teacher()
-    model.load_state_dict(weights)
+    model.load_state_dict(trained_once(f"digits-teacher-{RECIPE}", lambda: _trained()))
     return model.eval()
-
-
-def demo_folder() -> Path:
-    """Where weights are kept: ``LOGITCACHE_DEMO_FOLDER``, else ``logitcache/demo`` in the user's cache folder."""
-    if folder := os.environ.get("LOGITCACHE_DEMO_FOLDER"):
-        return Path(folder)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "logitcache" / "demo"
 
 
 def _trained() -> Teacher:
@@ -130,27 +109,3 @@ def _shifted(images: Tensor) -> Tensor:
     """The images moved by up to one pixel in each direction, all of a batch alike."""
     down, right = torch.randint(0, 3, (2,)).tolist()
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + 8, right : right + 8]
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """Weights kept before; None if there are none, or if the file is damaged. Nothing pickled is loaded."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except FileNotFoundError:
-        return None
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        path.unlink(missing_ok=True)
-        return None
-
-
-def _keep(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write weights so that they appear whole or not at all; of two processes that trained at once, the first wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in weights.items()}
-    with NamedTemporaryFile(dir=path.parent, prefix=path.name) as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(file.name, path)

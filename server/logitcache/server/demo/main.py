@@ -1,112 +1,108 @@
-"""The demo from beginning to end: label the digits once, serve the labels, and train one student in three ways.
+"""The demo from beginning to end: label data once, serve the labels, and train one student in three ways.
 
 It goes the way that a user goes: the function behind ``logitcache precompute``, a ``logitcache serve`` process, and the
-client. What it writes lies under one folder; the label set there is made anew each time, so that its cost is measured.
+client. What it writes lies under one folder; the label sets there are made anew each time, so that their cost is
+measured.
 """
 
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from logitcache.client import connect
 from logitcache.labels.errors import StoreNotWritable, WrongLabels
-from logitcache.server.demo import digits, report
-from logitcache.server.demo.agreement import Agreement, compare_every_step
+from logitcache.server.demo import report
 from logitcache.server.demo.local_server import serving
-from logitcache.server.demo.training import (
-    ALPHA,
-    TEMPERATURE,
-    CachedLabels,
-    HardLabels,
-    LiveTeacher,
-    Method,
-    Run,
-    evaluate,
-    train,
-)
+from logitcache.server.demo.parts import PARTS, Agreement, Part
+from logitcache.server.demo.training import ALPHA, CachedLabels, HardLabels, LiveTeacher, Method, Run, train
 from logitcache.server.precompute import precompute
 from logitcache.server.preparation import Request
 from logitcache.server.progress import reporter
 
-NAME = "digits"
-EPOCHS, QUICK_EPOCHS = 16, 2
+STORE = "demo-label-sets"
 
 
-def run(out: Path, seeds: int = 3, quick: bool = False) -> None:
-    """Run the demo: a table on stdout; under ``out`` the plot, all figures as JSON, the label set and the server's log.
+def run(out: Path, seeds: int = 3, quick: bool = False, only: str | None = None) -> None:
+    """Run the demo: tables on stdout; under ``out`` tables, plots, all figures as JSON, label sets and servers' logs.
 
     Args:
-        out: a folder, made if need be. ``out/demo-label-sets`` is replaced.
+        out: a folder, made if need be. The label sets in ``out/demo-label-sets`` are replaced.
         seeds: how many students each method trains.
-        quick: a few epochs instead of enough to converge.
+        quick: less of everything.
+        only: one of `PARTS`; None runs all, one after the other.
 
     Raises:
         StoreNotWritable: ``out`` cannot be made or written into.
-        WrongLabels: cached and live loss were further apart than rounding to float16 allows.
+        WrongLabels: cached labels were further from the live teacher than rounding to float16 allows.
         LogitcacheError: precomputing, serving or fetching failed.
     """
-    began = time.perf_counter()
+    parts = tuple(PARTS) if only is None else (only,)
     console = Console() if Console().is_terminal else Console(width=110)
     torch.set_num_threads(min(4, len(os.sched_getaffinity(0))))
-    _make_folder(out)
-    epochs = QUICK_EPOCHS if quick else EPOCHS
-    teacher_figures = _introduce_teacher(console)
-    store = out / "demo-label-sets"
-    precompute_s = _label(store, console)
-    with serving(store, out / "server.log") as url, closing(connect(f"{url}/{NAME}")) as labels:
-        console.print(f"Serving them at {url}, in a process of its own; training {3 * seeds} students …")
-        runs = _train_all(labels, seeds, epochs, console)
-        agreement = compare_every_step(labels, digits.teacher(), digits.train_set(), epochs)
-        traffic = str(labels.stats)
-    steps_an_epoch = -(-len(digits.train_set()) // digits.BATCH)
-    figures = {
-        "teacher": teacher_figures,
-        "settings": _settings(seeds, epochs, steps_an_epoch),
-        "precompute_s": precompute_s,
-        "agreement": vars(agreement) | {"holds": agreement.holds},
-        "whole_demo_s": time.perf_counter() - began,
-    }
-    report.write_json(out / "digits.json", runs, figures)
-    report.plot(out / "digits.png", runs, steps_an_epoch)
-    console.print(report.table(report.summarise(runs)))
-    _conclude(console, runs, agreement, traffic, out, figures)
+    _make_folder(out, parts)
+    for name in parts:
+        _run_part(name, out, seeds, quick, console)
 
 
-def _make_folder(out: Path) -> None:
+def _make_folder(out: Path, parts: Sequence[str]) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "digits.json").unlink(missing_ok=True)
+        (out / STORE).mkdir(parents=True, exist_ok=True)
+        for name in parts:
+            (out / f"{name}.json").unlink(missing_ok=True)
     except OSError as error:
         raise StoreNotWritable(f"cannot write into {out}: {error.strerror}; name another folder with --out") from None
 
 
-def _introduce_teacher(console: Console) -> dict[str, Any]:
-    teacher = digits.teacher()
+def _run_part(name: str, out: Path, seeds: int, quick: bool, console: Console) -> None:
+    began = time.perf_counter()
+    part = PARTS[name](quick)
+    console.print(f"\n{part.subject}", style="bold")
+    teacher = part.make_teacher()
+    teacher_figures = _introduce(part, teacher, console)
+    precompute_s = _label(part, out / STORE, console)
+    with serving(out / STORE, out / f"{name}-server.log") as url, closing(connect(f"{url}/{name}")) as labels:
+        console.print(f"Serving them at {url}, in a process of its own; training {3 * seeds} students …")
+        runs = _train_all(part, labels, teacher, seeds, console)
+        agreements = part.compare(labels, teacher)
+        traffic = str(labels.stats)
+    figures = {
+        "teacher": teacher_figures,
+        "settings": _settings(part, seeds),
+        "precompute_s": precompute_s,
+        **{key: vars(found) | {"holds": found.holds} for key, found in agreements.items()},
+        "whole_part_s": time.perf_counter() - began,
+    }
+    _report(part, out, runs, figures, [*map(str, agreements.values()), f"Fetched: {traffic}"], console)
+    _refuse_wrong(agreements, out / f"{name}.json")
+
+
+def _introduce(part: Part, teacher: nn.Module, console: Console) -> dict[str, Any]:
     parameters = sum(weight.numel() for weight in teacher.parameters())
-    accuracy, _ = evaluate(teacher, digits.test_set())
-    console.print(f"Teacher: {parameters:,} parameters, {accuracy:.1%} of {len(digits.test_set())} test digits right")
-    return {"parameters": parameters, "accuracy": accuracy}
+    accuracy, loss = part.task.evaluate(teacher)
+    console.print(f"Teacher: {parameters:,} parameters, {accuracy:.1%} of {part.words.held_out} right")
+    return {"parameters": parameters, "accuracy": accuracy, "test_loss": loss}
 
 
-def _label(store: Path, console: Console) -> float:
-    """Precompute the label set into an empty store; gives the seconds that it took."""
-    shutil.rmtree(store, ignore_errors=True)
-    store.mkdir()
+def _label(part: Part, store: Path, console: Console) -> float:
+    """Precompute the part's label set anew; gives the seconds that it took."""
+    shutil.rmtree(store / part.name, ignore_errors=True)
     start = time.perf_counter()
     request = Request(
-        name=NAME,
-        teacher=f"{digits.__name__}:teacher",
-        dataset=f"{digits.__name__}:train_set",
+        name=part.name,
+        teacher=part.teacher,
+        dataset=part.dataset,
         store=store,
-        top_k=digits.CLASSES,
-        temperatures=(TEMPERATURE,),
-        batch_size=digits.BATCH,
+        top_k=part.top_k,
+        temperatures=part.temperatures,
+        batch_size=part.batch_size,
         device="cpu",
     )
     with reporter() as watcher:
@@ -116,47 +112,54 @@ def _label(store: Path, console: Console) -> float:
     return seconds
 
 
-def _train_all(labels: Any, seeds: int, epochs: int, console: Console) -> list[Run]:
+def _train_all(part: Part, labels: Any, teacher: nn.Module, seeds: int, console: Console) -> list[Run]:
     """Every method from every seed."""
-    methods: tuple[Method, ...] = (HardLabels(), LiveTeacher(digits.teacher()), CachedLabels(labels))
-    data, held_out = digits.train_set(), digits.test_set()
+    methods: tuple[Method, ...] = (HardLabels(), LiveTeacher(teacher), CachedLabels(labels))
     runs: list[Run] = []
     for seed in range(seeds):
-        runs += train(methods, seed, data, held_out, epochs)
+        runs += train(part.task, methods, seed, part.epochs)
         console.print(f"  seed {seed + 1} of {seeds}: {', '.join(f'{run.method} trained' for run in runs[-3:])}")
     return runs
 
 
-def _settings(seeds: int, epochs: int, steps_an_epoch: int) -> dict[str, Any]:
+def _settings(part: Part, seeds: int) -> dict[str, Any]:
     return {
         "seeds": seeds,
-        "epochs": epochs,
-        "steps_an_epoch": steps_an_epoch,
-        "batch_size": digits.BATCH,
-        "temperature": TEMPERATURE,
+        "epochs": part.epochs,
+        "steps_an_epoch": part.steps_an_epoch,
+        "batch_size": part.batch_size,
+        "temperature": part.temperature,
         "alpha": ALPHA,
-        "top_k": digits.CLASSES,
+        "top_k": part.top_k,
         "threads": torch.get_num_threads(),
     }
 
 
-def _conclude(
-    console: Console, runs: list[Run], agreement: Agreement, traffic: str, out: Path, figures: dict[str, Any]
-) -> None:
-    hard, live, cached = (summary.step_ms for summary in report.summarise(runs))
-    console.print(
-        f"Over hard labels, distillation adds {live - hard:.2f} ms to a step with the live teacher and "
-        f"{cached - hard:.2f} ms with cached labels. Precomputing took {figures['precompute_s']:.1f} s, paid once.\n"
-        f"Cached and live loss, same weights and batch, {agreement.steps} steps: apart by at most "
-        f"{agreement.largest_difference:.1e}, where float16 allows {agreement.allowed_there:.1e}; "
-        f"closest to the bound: {agreement.closest_to_allowed:.0%} of it.\n"
-        f"Fetched: {traffic}\n"
-        f"Plot: {out / 'digits.png'}, figures: {out / 'digits.json'}; all of it in {figures['whole_demo_s']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if not agreement.holds:
-        raise WrongLabels(
-            f"cached and live loss differ by {agreement.closest_to_allowed:.1f} times what float16 explains: "
-            f"these are not this teacher's labels; the figures are in {out / 'digits.json'}"
-        )
+def _report(part: Part, out: Path, runs: list[Run], figures: dict[str, Any], told: list[str], console: Console) -> None:
+    """Print and write what was found; ``told`` are sentences to tell beside what all parts have."""
+    summaries = report.summarise(runs, part.steps_an_epoch)
+    hard, live, cached = summaries
+    sentences = [
+        f"Over hard labels, distillation adds {live.step_ms - hard.step_ms:.2f} ms to a step with the live teacher and "
+        f"{cached.step_ms - hard.step_ms:.2f} ms with cached labels. The live teacher's forward took "
+        f"{live.teacher_s:.1f} s of each run's {live.seconds:.1f} s; precomputing took "
+        f"{figures['precompute_s']:.1f} s, paid once.",
+        *told,
+        *filter(None, [part.promise]),
+    ]
+    cells, plot = report.columns(summaries, part.words), out / f"{part.name}.png"
+    report.write_json(out / f"{part.name}.json", runs, summaries, figures)
+    report.write_markdown(out / f"{part.name}.md", cells, "\n".join(sentences))
+    report.plot(plot, runs, summaries, part.steps_an_epoch, part.words)
+    console.print(report.table(cells))
+    files = f"Plot: {plot}, figures: {plot.with_suffix('.json')}; all of it in {figures['whole_part_s']:.0f} s\n"
+    console.print("\n".join([*sentences, files]), highlight=False, soft_wrap=True)
+
+
+def _refuse_wrong(agreements: dict[str, Agreement], figures: Path) -> None:
+    for found in agreements.values():
+        if not found.holds:
+            raise WrongLabels(
+                f"cached labels are {found.closest_to_allowed:.1f} times as far from the live teacher as float16 "
+                f"explains: these are not this teacher's labels; the figures are in {figures}"
+            )

@@ -1,4 +1,4 @@
-"""What the demo found, for people and for programs: a table, a plot and a JSON file.
+"""What a part of the demo found, for people and for programs: a table, a plot and a JSON file.
 
 Accuracies and losses are means over the seeds after the last epoch, spreads sample standard deviations over the seeds.
 Milliseconds are medians, over all seeds and all epochs but each run's first, of an epoch's mean step. Knows nothing of
@@ -6,6 +6,7 @@ how the runs were made.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,30 @@ COLOURS = ("tab:gray", "tab:orange", "tab:blue")
 
 
 @dataclass(frozen=True)
+class Words:
+    """How a part calls what it measures.
+
+    Attributes:
+        accuracy: heading of the accuracy.
+        loss: heading of the cross-entropy with the targets.
+        perplexity: whether ``exp(loss)`` is told in the place of the training loss.
+        lowest_percent: where the accuracy's axis begins, None for where the curves do.
+        held_out: what accuracy and loss are of.
+    """
+
+    accuracy: str
+    loss: str
+    perplexity: bool
+    lowest_percent: int | None
+    held_out: str
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The runs of one method, as the module says; the spread of a single seed is None."""
+    """The runs of one method, as the module says; the spread of a single seed is None.
+
+    ``seconds`` and ``teacher_s`` are means of a whole run, ``fetched_bytes`` of a step.
+    """
 
     method: str
     accuracy: float
@@ -34,6 +57,14 @@ class Summary:
     step_ms: float
     teacher_ms: float
     waiting_ms: float
+    fetched_bytes: float
+    seconds: float
+    teacher_s: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the test loss."""
+        return math.exp(self.test_loss)
 
     @property
     def computing_ms(self) -> float:
@@ -41,15 +72,17 @@ class Summary:
         return max(0.0, self.step_ms - self.teacher_ms - self.waiting_ms)
 
 
-def summarise(runs: Iterable[Run]) -> list[Summary]:
+def summarise(runs: Iterable[Run], steps_an_epoch: int) -> list[Summary]:
     """One summary a method, in the order in which methods first appear."""
-    return [_summary(method, group) for method, group in _by_method(runs).items()]
+    return [_summary(method, group, steps_an_epoch) for method, group in _by_method(runs).items()]
 
 
-def _summary(method: str, runs: list[Run]) -> Summary:
+def _summary(method: str, runs: list[Run], steps_an_epoch: int) -> Summary:
     last = [run.epochs[-1] for run in runs]
     accuracies = [epoch.accuracy for epoch in last]
     timed = [epoch for run in runs for epoch in run.epochs[1:]]
+    all_epochs = [epoch for run in runs for epoch in run.epochs]
+    seconds_a_ms = steps_an_epoch / 1e3 / len(runs)
     return Summary(
         method=method,
         accuracy=mean(accuracies),
@@ -59,6 +92,9 @@ def _summary(method: str, runs: list[Run]) -> Summary:
         step_ms=median(epoch.step_ms for epoch in timed),
         teacher_ms=median(epoch.teacher_ms for epoch in timed),
         waiting_ms=median(epoch.waiting_ms for epoch in timed),
+        fetched_bytes=mean(epoch.fetched_bytes for epoch in all_epochs),
+        seconds=sum(epoch.step_ms for epoch in all_epochs) * seconds_a_ms,
+        teacher_s=sum(epoch.teacher_ms for epoch in all_epochs) * seconds_a_ms,
     )
 
 
@@ -69,44 +105,70 @@ def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def table(summaries: list[Summary]) -> Table:
-    """The table that the demo prints; test loss is the cross-entropy, training loss what the method minimises."""
-    result = Table(title="The same student, the same seeds, three sources of labels")
-    result.add_column("")
-    for heading in ("test accuracy", "test loss", "training loss", "ms a step", "of it teacher", "of it waiting"):
-        result.add_column(heading, justify="right")
-    for summary in summaries:
-        spread = "" if summary.accuracy_spread is None else f" ± {summary.accuracy_spread:.1%}"
-        result.add_row(
-            summary.method,
-            f"{summary.accuracy:.1%}{spread}",
-            f"{summary.test_loss:.4f}",
-            f"{summary.training_loss:.4f}",
-            f"{summary.step_ms:.2f}",
-            f"{summary.teacher_ms:.2f}",
-            f"{summary.waiting_ms:.2f}",
+TITLE = "The same student, the same seeds, three sources of labels"
+
+
+def columns(summaries: list[Summary], words: Words) -> dict[str, list[str]]:
+    """The table that the demo prints, column by column; training loss is what the method minimises."""
+    spreads = ["" if one.accuracy_spread is None else f" ± {one.accuracy_spread:.1%}" for one in summaries]
+    return {
+        "": [one.method for one in summaries],
+        words.accuracy: [f"{one.accuracy:.1%}{spread}" for one, spread in zip(summaries, spreads, strict=True)],
+        words.loss: [f"{one.test_loss:.4f}" for one in summaries],
+        **_third(summaries, words),
+        "ms a step": [f"{one.step_ms:.2f}" for one in summaries],
+        "of it teacher": [f"{one.teacher_ms:.2f}" for one in summaries],
+        "of it waiting": [f"{one.waiting_ms:.2f}" for one in summaries],
+        "kB a step": [f"{one.fetched_bytes / 1e3:.1f}" for one in summaries],
+    }
+
+
+def _third(summaries: list[Summary], words: Words) -> dict[str, list[str]]:
+    if words.perplexity:
+        return {"perplexity": [f"{one.perplexity:.1f}" for one in summaries]}
+    return {"training loss": [f"{one.training_loss:.4f}" for one in summaries]}
+
+
+def table(cells: dict[str, list[str]]) -> Table:
+    """The columns for a terminal."""
+    result = Table(title=TITLE)
+    for heading in cells:
+        # Left to itself, a narrow table breaks words.
+        result.add_column(
+            "\n".join(heading.rsplit(" ", 1)), justify="right" if heading else "left", no_wrap=not heading
         )
+    for row in zip(*cells.values(), strict=True):
+        result.add_row(*row)
     return result
 
 
-def write_json(path: Path, runs: list[Run], figures: dict[str, Any]) -> None:
+def write_markdown(path: Path, cells: dict[str, list[str]], told: str) -> None:
+    """The columns as Markdown, and what was printed below them."""
+    rows = [list(cells), ["---"] + ["---:"] * (len(cells) - 1), *zip(*cells.values(), strict=True)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    path.write_text("\n".join([f"# {TITLE}", "", *lines, "", told]) + "\n")
+
+
+def write_json(path: Path, runs: list[Run], summaries: list[Summary], figures: dict[str, Any]) -> None:
     """Every figure that was printed, and every run behind it."""
-    methods = [asdict(summary) | {"computing_ms": summary.computing_ms} for summary in summarise(runs)]
+    derived = ("computing_ms", "perplexity")
+    methods = [asdict(one) | {name: getattr(one, name) for name in derived} for one in summaries]
     content = {**figures, "methods": methods, "runs": [asdict(run) for run in runs]}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def plot(path: Path, runs: list[Run], steps_an_epoch: int) -> None:
+def plot(path: Path, runs: list[Run], summaries: list[Summary], steps_an_epoch: int, words: Words) -> None:
     """Accuracy over steps with its spread, and where the time of a step goes."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     accuracy, time = figure.subplots(1, 2, width_ratios=(3, 2))
     for colour, (method, group) in zip(COLOURS, _by_method(runs).items(), strict=False):
         _draw_accuracy(accuracy, method, group, steps_an_epoch, colour)
-    accuracy.set(xlabel="steps", ylabel="accuracy on the test digits (%)", title="What the student learns")
-    accuracy.set_ylim(80, 100)
+    accuracy.set(xlabel="steps", ylabel=f"accuracy on {words.held_out} (%)", title="What the student learns")
+    if words.lowest_percent is not None:
+        accuracy.set_ylim(words.lowest_percent, 100)
     accuracy.grid(alpha=0.3)
     accuracy.legend(loc="lower right")
-    _draw_time(time, summarise(runs))
+    _draw_time(time, summaries)
     figure.savefig(path, dpi=150)
 
 

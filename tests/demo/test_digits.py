@@ -1,4 +1,4 @@
-"""The demo from end to end, in its quick form: what it writes, and what it claims about cached and live labels."""
+"""The demo's first part from end to end, quick: what it writes, and what it claims about cached and live labels."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from logitcache.client import connect
 from logitcache.server.cli import cli
-from logitcache.server.demo import agreement, digits
+from logitcache.server.demo import digits, digits_agreement
+from logitcache.server.demo.digits_task import dense_distillation_loss
 from logitcache.server.demo.main import run
-from logitcache.server.demo.training import dense_distillation_loss
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGITCACHE_DEMO_FOLDER", str(folder / "teacher"))
         patch.setattr(digits, "TEACHER_EPOCHS", 3)
-        run(folder / "out", seeds=1, quick=True)
+        run(folder / "out", seeds=1, quick=True, only="digits")
         patch.setattr(digits, "_trained", None)  # a second call must not train
         digits.teacher()
     return folder / "out"
@@ -80,7 +80,7 @@ def test_labels_of_another_temperature_exceed_the_allowed_difference() -> None:
     wrong = dense_distillation_loss(student, teacher_logits=teacher * 1.01, targets=targets)
     rounded = (teacher - teacher.amax(dim=1, keepdim=True)).half().float()
     close = dense_distillation_loss(student, teacher_logits=rounded, targets=targets)
-    allowed = agreement.allowed_difference(student, teacher)
+    allowed = digits_agreement.allowed_difference(student, teacher)
     assert abs(close - right) <= allowed < abs(wrong - right)
 
 

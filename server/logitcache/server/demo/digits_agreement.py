@@ -5,15 +5,15 @@ dense logits; the cached one is `logitcache.client.distillation_loss` on rows th
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitcache.client import distillation_loss
-from logitcache.server.demo.digits import Digits
-from logitcache.server.demo.training import ALPHA, TEMPERATURE, beginning, dense_distillation_loss, take_step
+from logitcache.server.demo.digits_task import TEMPERATURE, DigitsTask
+from logitcache.server.demo.training import ALPHA, take_step
 
 ROUNDING = 2.0**-11
 """Largest relative error of a number rounded to float16."""
@@ -39,6 +39,13 @@ class Agreement:
         """The bound was kept at every step."""
         return self.closest_to_allowed <= 1.0
 
+    def __str__(self) -> str:
+        return (
+            f"Cached and live loss, same weights and batch, {self.steps} steps: apart by at most "
+            f"{self.largest_difference:.1e}, where float16 allows {self.allowed_there:.1e}; "
+            f"closest to the bound: {self.closest_to_allowed:.0%} of it."
+        )
+
 
 def allowed_difference(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """The most that float16 labels may change the distillation loss of this batch.
@@ -60,21 +67,17 @@ def allowed_difference(student_logits: Tensor, teacher_logits: Tensor) -> float:
     return float(ALPHA * TEMPERATURE**2 * (2 * first_order + float32))
 
 
-def compare_every_step(labels: Any, teacher: nn.Module, data: Digits, epochs: int) -> Agreement:
+def compare_every_step(labels: Any, teacher: nn.Module, task: DigitsTask, epochs: int) -> Agreement:
     """Train a student on cached labels, computing the live loss of the same weights and batch at every step as well."""
-    model, optimizer, loader = beginning(0, data)
+    model, optimizer, loader = task.beginning(0)
     differences, allowances = [], []
     for _ in range(epochs):
-        for (images, targets, _), soft in labels.attach(loader, ids=-1):
+        for batch, soft in labels.attach(loader, ids=task.ids):
             with torch.no_grad():
-                student_logits, teacher_logits = model(images), teacher(images)
-                live = dense_distillation_loss(student_logits, teacher_logits=teacher_logits, targets=targets)
+                student_logits, teacher_logits = task.forward(model, batch), task.forward(teacher, batch)
+                live = task.live_loss(student_logits, batch, teacher_logits)
                 allowances.append(allowed_difference(student_logits, teacher_logits))
-
-            def cached(logits: Tensor, soft: Any = soft, targets: Tensor = targets) -> Tensor:
-                return distillation_loss(logits, soft, targets=targets, temperature=TEMPERATURE, alpha=ALPHA)
-
-            loss = take_step(model, optimizer, images, cached)
+            loss = take_step(task, model, optimizer, batch, partial(task.cached_loss, batch=batch, soft=soft))
             differences.append(abs(float(loss) - float(live)))
     worst = max(range(len(differences)), key=differences.__getitem__)
     closest = max(difference / allowed for difference, allowed in zip(differences, allowances, strict=True))
