@@ -7,15 +7,11 @@ read the figures stands in README.md beside this file.
 """
 
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` is found when run as a script
 
 from benchmarks import peers, report
+from benchmarks.machine import machine
 from benchmarks.rows import CLASSES, FIELDS, RECORD, K, Source, write_label_set
 from benchmarks.servers import started
 from benchmarks.timing import Method, Schedule, measure, warm_up
@@ -42,7 +39,6 @@ PAIRS = (
 )
 """Of which methods ratios are printed: the first against the second."""
 
-LIBRARIES = ("logitcache", "numpy", "lmdb", "orjson", "fastapi", "starlette", "httpx", "uvicorn")
 WARMING_STEP = 16
 """Every store has at least this many rows a 4 KiB page, so fetching each 16th row touches every page."""
 
@@ -86,22 +82,6 @@ def check(methods: Sequence[Method], source: Source, rng: np.random.Generator) -
             found = rows[name] if isinstance(rows, dict | np.ndarray) else getattr(rows, name)
             if found.dtype != expected[name].dtype or not np.array_equal(found, expected[name]):
                 raise ValueError(f"{method.name} gives other {name} than were stored: its figures would mean nothing")
-
-
-def machine() -> dict[str, Any]:
-    """What the run ran on; nothing that names the machine or its folders."""
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "kernel": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "uvloop": find_spec("uvloop") is not None,
-        "httptools": find_spec("httptools") is not None,
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
 
 
 def told(run: dict[str, Any]) -> str:

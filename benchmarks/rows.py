@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from logitcache.labels.identity import Identity, TeacherId
-from logitcache.storage.layout import Layout, default_rows_per_shard
+from logitcache.labels.ids import IdKind, text_keys
+from logitcache.storage.layout import Layout
+from logitcache.storage.packing import default_rows_per_shard
 from logitcache.storage.writer import LabelSetWriter
 
 K = 32
@@ -37,15 +40,39 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """So many rows, drawn by the shard."""
+    """So many rows, drawn by the shard, under ids of one kind."""
 
     rows: int
+    ids: IdKind = "ordinal"
 
     @cached_property
     def layout(self) -> Layout:
         """The label set that holds them."""
-        identity = Identity(TeacherId("benchmark", "drawn"), K, CLASSES, (1.0,), "float16")
-        return Layout(identity, self.rows, default_rows_per_shard(self.rows))
+        identity = Identity(TeacherId("benchmark", "drawn"), K, CLASSES, (1.0,), "float16", ids=self.ids)
+        return Layout.pointwise(identity, self.rows, default_rows_per_shard(self.rows))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Ids that are whole numbers, by ordinal: different ones without an order."""
+        return np.random.default_rng(1).choice(2**50, self.rows, replace=False)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Ids that are texts, by ordinal: paths, as a dataset of files would have them."""
+        return [f"train/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG" for number in self.numbers.tolist()]
+
+    def given(self, ordinals: np.ndarray) -> Any:
+        """Ids of these examples as a training loop holds them: an array of numbers or a list of texts."""
+        if self.ids == "text":
+            texts = self.texts
+            return [texts[ordinal] for ordinal in ordinals.tolist()]
+        return ordinals if self.ids == "ordinal" else self.numbers[ordinals]
+
+    def keys(self, span: range) -> np.ndarray:
+        """Keys of the ids of these examples, as a label set stores them."""
+        if self.ids == "text":
+            return text_keys(self.texts[span.start : span.stop])
+        return np.arange(span.start, span.stop) if self.ids == "ordinal" else self.numbers[span.start : span.stop]
 
     def shard(self, shard: int) -> Arrays:
         """The arrays of one shard as a label set stores them."""
@@ -55,7 +82,7 @@ class Source:
         gaps = rng.exponential(0.25, (rows, K))
         gaps[:, 0] = 0  # logits are centred: the largest is 0
         return {
-            "ids": np.arange(span.start, span.stop, dtype=np.int64),
+            "ids": self.keys(span),
             "fingerprint": rng.integers(2**64, size=(rows, 1), dtype=np.uint64),
             "indices": ((first_class + 31 * ranks) % CLASSES).astype(np.uint16),  # (rows, k)
             "logits": -np.cumsum(gaps, 1).astype(np.float16),  # (rows, k)
@@ -87,9 +114,11 @@ def records_of(arrays: Arrays) -> np.ndarray:
 
 def write_label_set(path: Path, source: Source) -> Path:
     """The rows as a sealed label set, through the writer that `precompute` uses."""
-    path.parent.mkdir()
-    with LabelSetWriter(path, source.layout.identity, source.rows) as writer:
+    path.parent.mkdir(exist_ok=True)
+    with LabelSetWriter(path, source.layout) as writer:
         for shard in writer.missing:
-            writer.commit(shard, source.shard(shard), {})
+            span = source.layout.span(shard)
+            texts = source.texts[span.start : span.stop] if source.ids == "text" else None
+            writer.commit(shard, source.shard(shard), {}, texts)
         writer.seal()
     return path

@@ -17,13 +17,20 @@ FEWEST_BATCHES = 3
 MOST_BATCHES = 1000
 
 
+def _as_they_are(ids: np.ndarray) -> Any:
+    return ids
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to fetch a batch: ``fetch`` takes int64 ids (rows,); ``server_pid`` is the process that answers, if any."""
+    """A way to fetch a batch: ``fetch`` takes int64 ids (rows,), or what ``prepare`` makes of them before the clock
+    starts; ``server_pid`` is the process that answers, if any.
+    """
 
     name: str
-    fetch: Callable[[np.ndarray], Any]
+    fetch: Callable[[Any], Any]
     server_pid: int | None = None
+    prepare: Callable[[np.ndarray], Any] = _as_they_are
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,9 @@ def _in_turn(methods: Sequence[Method], sizes: Sequence[int], round: int) -> Ite
 def _time(method: Method, batches: np.ndarray) -> Block:
     """Fetch a block; ids are (batches, rows)."""
     fetch, server_cpu_s = method.fetch, _server_clock(method)
+    prepared = [method.prepare(ids) for ids in batches]
     server_began, client_began, began = server_cpu_s(), time.process_time(), time.perf_counter()
-    for ids in batches:
+    for ids in prepared:
         fetch(ids)
     wall, client, server = time.perf_counter() - began, time.process_time() - client_began, server_cpu_s()
     count = len(batches)
@@ -101,4 +109,4 @@ def warm_up(methods: Sequence[Method], rows: int, step: int, batch_size: int) ->
     """Fetch every ``step``-th row once by every method: each page is in memory and mapped, each shard verified."""
     for method in methods:
         for ids in np.array_split(np.arange(0, rows, step), math.ceil(rows / step / batch_size)):
-            method.fetch(ids)
+            method.fetch(method.prepare(ids))

@@ -199,7 +199,13 @@ def wait_for_a_moment(site: Site, rng: random.Random, number: int) -> None:
         time.sleep(rng.uniform(0, STARTS_S))
         return
     least = PROOF_SHARDS * number // PROOF_KILLS
-    until(lambda: site.shards("points") >= least, f"{least} shards")
+
+    def committed() -> bool:
+        said = [file.read_text() for file in (site.store / ".jobs").glob("*/outcome.json")]
+        assert not any("error" in text for text in said), said
+        return site.shards("points") >= least
+
+    until(committed, f"{least} shards")
     time.sleep(rng.uniform(0, 0.05))
 
 

@@ -62,6 +62,7 @@ def test_the_published_names_of_the_client_are_these() -> None:
         "LogitcacheError",
         "MissingExtra",
         "NotFound",
+        "RangeOutside",
         "RowsMissing",
         "ServerUnreachable",
         "ShapeMismatch",
