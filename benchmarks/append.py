@@ -27,17 +27,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` is found when run as a script
 
 from benchmarks.machine import machine
+from benchmarks.servers import started
 
 from logitcache.client import connect
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
 from logitcache.server.precompute import precompute
 from logitcache.server.preparation import Request
-from logitcache.server.serve import running
 
 FEATURES, CLASSES, WIDTH, K, BATCH = 64, 1000, 1024, 32, 256
 GROWTH = 100
 """The dataset grows by one part in so many."""
+
+STEP_S = 0.05
+"""Seconds between two fetches of a client: a training step."""
 
 _state: dict[str, Any] = {"shown": 0, "examples": 0}
 
@@ -139,6 +140,7 @@ class Client(threading.Thread):
                 self.wrong += not same
                 self.digests[soft.digest] = self.digests.get(soft.digest, 0) + 1
                 self.fetches += 1
+                time.sleep(STEP_S)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -156,8 +158,9 @@ def main(examples: int, quick: bool, out: Path | None) -> None:
         store = Path(folder) / "store"
         first_s, first_shown, old_digest = append.label(store, examples)
         before = files_of(store / "set")
-        with running(create_app(Catalog(store))) as url:
-            clients = [Client(f"{url}/set", examples, old_digest), Client(f"{url}/set", examples, None)]
+        ours = ("logitcache.server", "serve", "--store", str(store), "--port", "0")
+        with started(*ours, log=Path(folder) / "serve.log") as server:
+            clients = [Client(f"{server.url}/set", examples, digest) for digest in (old_digest, None)]
             for client in clients:
                 client.start()
             append_s, append_shown, new_digest = append.label(store, examples + more)

@@ -59,13 +59,12 @@ class Source:
     @cached_property
     def texts(self) -> list[str]:
         """Ids that are texts, by ordinal: paths, as a dataset of files would have them."""
-        return [f"train/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG" for number in self.numbers.tolist()]
+        return [text_id(number) for number in self.numbers.tolist()]
 
     def given(self, ordinals: np.ndarray) -> Any:
         """Ids of these examples as a training loop holds them: an array of numbers or a list of texts."""
         if self.ids == "text":
-            texts = self.texts
-            return [texts[ordinal] for ordinal in ordinals.tolist()]
+            return [text_id(number) for number in self.numbers[ordinals].tolist()]
         return ordinals if self.ids == "ordinal" else self.numbers[ordinals]
 
     def keys(self, span: range) -> np.ndarray:
@@ -101,6 +100,11 @@ class Source:
             here = (span.start <= ids) & (ids < span.stop)
             found[here] = records_of(arrays)[ids[here] - span.start]
         return found
+
+
+def text_id(number: int) -> str:
+    """A path, made anew as a dataset makes it for each item."""
+    return f"train/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG"
 
 
 def records_of(arrays: Arrays) -> np.ndarray:
