@@ -24,7 +24,7 @@ help: ## Say what the targets do
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX_URL=$(TORCH_INDEX_URL) PIP_ARGS=$(PIP_ARGS) PYTEST_ARGS=$(PYTEST_ARGS)"
 
-demo: $(INSTALLED) ## Label digits, serve the labels, train students three ways: about a minute
+demo: $(INSTALLED) ## Label digits and tokens, serve the labels, train students three ways: two minutes
 	$(BIN)/logitcache demo --out $(OUT)
 
 test: $(INSTALLED) ## The tests
