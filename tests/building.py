@@ -21,6 +21,14 @@ ROWS_PER_SHARD = 4096
 
 Id = int | str
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "pointwise, integers, targets": {"ids": "integer", "targets": True},
+    "pointwise, texts": {"ids": "text"},
+    "causal": {"alignment": "causal"},
+    "causal, texts, targets": {"alignment": "causal", "ids": "text", "targets": True},
+}
+"""Options of `reference` for label sets of other shapes than one row an ordinal."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -246,3 +254,10 @@ def grow(path: Path, source: Reference) -> Path:
         commit_shards(writer, source, writer.missing)
         writer.seal()
     return path
+
+
+def complete_and_partial(store: Path, source: Reference) -> Path:
+    """Two label sets of the reference in a store: ``complete``, and ``partial``, which has its first shard alone."""
+    build(store / "complete", source)
+    build(store / "partial", source, [0])
+    return store

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, complete_and_partial, reference, writer_of
 from tests.conformance import LabelSetConformance, assert_rows_equal
 
 from logitcache.client import HttpLabelSet, Labels, TeacherMismatch, connect, distillation_loss
@@ -44,10 +44,7 @@ def source() -> Reference:
 
 @pytest.fixture(scope="module")
 def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("store")
-    build(store / "complete", source)
-    build(store / "partial", source, [0])
-    return store
+    return complete_and_partial(tmp_path_factory.mktemp("store"), source)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, build, reference
+from tests.building import ROWS_PER_SHARD, SHAPES, Reference, build, complete_and_partial, reference
 from tests.conformance import ShapesConformance, assert_rows_equal
 
 from logitcache.client import HttpLabelSet, Labels, connect
@@ -27,29 +27,19 @@ from logitcache.server.catalog import Catalog
 from logitcache.server.serve import running
 from logitcache.storage import LocalLabelSet
 
-KINDS: dict[str, dict[str, Any]] = {
-    "pointwise, integers, targets": {"ids": "integer", "targets": True},
-    "pointwise, texts": {"ids": "text"},
-    "causal": {"alignment": "causal"},
-    "causal, texts, targets": {"alignment": "causal", "ids": "text", "targets": True},
-}
-
 SMALL = Limits(ids=300, response_bytes=50_000)
 """So that a fetch of everything travels in many parts, and of a few hundred causal examples in more than their number
 tells."""
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SHAPES)
 def source(request: pytest.FixtureRequest) -> Reference:
-    return reference(3, **KINDS[request.param])
+    return reference(3, **SHAPES[request.param])
 
 
 @pytest.fixture(scope="module")
 def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("store")
-    build(store / "complete", source)
-    build(store / "partial", source, [0])
-    return store
+    return complete_and_partial(tmp_path_factory.mktemp("store"), source)
 
 
 @pytest.fixture(scope="module", params=[SMALL, Limits()], ids=["split", "whole"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, reference, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, commit_shards, complete_and_partial, reference, writer_of
 from tests.conformance import LabelSetConformance, assert_rows_equal, fetch_beyond_the_limit
 
 from logitcache.labels import wire
@@ -25,10 +25,7 @@ from logitcache.storage.layout import Layout
 
 @pytest.fixture(scope="session")
 def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("store")
-    build(store / "complete", source)
-    build(store / "partial", source, [0])
-    return store
+    return complete_and_partial(tmp_path_factory.mktemp("store"), source)
 
 
 @pytest.fixture

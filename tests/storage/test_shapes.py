@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, grow, grown, reference, writer_of
+from tests.building import (
+    ROWS_PER_SHARD,
+    SHAPES,
+    Reference,
+    build,
+    commit_shards,
+    complete_and_partial,
+    grow,
+    grown,
+    reference,
+    writer_of,
+)
 from tests.conformance import ShapesConformance, assert_rows_equal
 from tests.storage.faults import Counting, failing
 
@@ -23,11 +34,7 @@ from logitcache.labels.errors import (
 from logitcache.labels.label_set import UNLABELLED, Limits
 from logitcache.storage import LocalLabelSet
 
-KINDS: dict[str, dict[str, Any]] = {
-    "pointwise, integers, targets": {"ids": "integer", "targets": True},
-    "pointwise, texts": {"ids": "text"},
-    "causal": {"alignment": "causal"},
-    "causal, texts, targets": {"alignment": "causal", "ids": "text", "targets": True},
+KINDS = SHAPES | {
     "causal, integers, wide": {"alignment": "causal", "ids": "integer", "classes": 70_000, "k": 3, "longest": 12},
 }
 
@@ -47,10 +54,7 @@ def small_and_wide(**options: Any) -> Reference:
 
 @pytest.fixture(scope="module")
 def store(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("store")
-    build(store / "complete", source)
-    build(store / "partial", source, [0])
-    return store
+    return complete_and_partial(tmp_path_factory.mktemp("store"), source)
 
 
 @pytest.fixture
