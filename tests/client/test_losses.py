@@ -403,3 +403,9 @@ def test_a_target_that_is_no_class_is_refused_unless_its_example_is_masked() -> 
     masked = distillation_loss(student, labels_of(dense, 5), targets=targets, mask=torch.tensor([True, False, False]))
     alone = distillation_loss(student[:1], labels_of(dense[:1], 5), targets=targets[:1])
     assert torch.allclose(masked, alone)
+
+
+def test_a_target_of_minus_one_is_none_as_datasets_and_label_sets_write_it() -> None:
+    soft, student = labels_of(dense_logits(4, 9), 3), student_like(4, 9)
+    one, other = (torch.tensor([1, none, 2, none]) for none in (-1, -100))
+    assert torch.equal(distillation_loss(student, soft, targets=one), distillation_loss(student, soft, targets=other))

@@ -14,7 +14,7 @@ from logitcache.server.precompute import precompute
 from logitcache.storage import LocalLabelSet
 
 SHARDS = 50
-SHARD_BYTES = 4096 * (8 + 8 + 4 * 2 + 4 * 2 + 3 * 4)
+SHARD_BYTES = 4096 * (8 + 8 + 4 * 2 + 4 * 2 + 4 * 4 + 4)
 
 pytestmark = pytest.mark.proof
 

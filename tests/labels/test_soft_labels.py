@@ -138,3 +138,10 @@ def test_parts_with_other_fields_or_digests_are_not_put_together() -> None:
         concatenate([ragged, ragged_rows([2], 0, digest="e")])
     with pytest.raises(ShapeMismatch, match="other fields"):
         concatenate([ragged, replace(ragged, tokens=None)])
+
+
+def test_soft_labels_are_printed_as_shapes_and_not_as_numbers() -> None:
+    told = repr(ragged_rows([2, 3], 0))
+    assert "2 examples, 5 rows" in told
+    assert "indices uint16[5, 1]" in told
+    assert len(told) < 400

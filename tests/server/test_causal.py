@@ -289,7 +289,7 @@ def test_a_target_beyond_the_classes_is_named_before_anything_is_written(store: 
 @pytest.mark.parametrize(
     ("lengths", "options", "kind", "message"),
     [
-        ([5, 4097], {}, DatasetFault, r"example 1 has 4,097 rows, .*--rows-per-shard 8,192 or more"),
+        ([5, 4097], {}, DatasetFault, r"example 1 has 4,097 rows, .*--rows-per-shard 8192 or more"),
         ([5, 10], {"rows_per_shard": 5000}, InvalidRequest, "multiple of 4,096"),
     ],
 )

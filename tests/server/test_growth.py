@@ -153,7 +153,7 @@ def test_an_old_example_under_another_id_is_refused(store: Path, ids: str) -> No
 
 def test_a_dataset_that_shrank_is_refused(store: Path) -> None:
     digest = run(store, images(5000)).digest
-    with pytest.raises(DatasetChanged, match="begun over 5,000 examples, the dataset shrank to 4,999"):
+    with pytest.raises(DatasetChanged, match="has 5,000 examples, the dataset shrank to 4,999"):
         run(store, images(4999))
     assert run(store, images(5000)).digest == digest
 

@@ -245,3 +245,15 @@ def test_ids_that_collide_are_refused_before_anything_is_written_and_both_exampl
     with pytest.raises(DatasetFault, match="examples 0 and 3 have the same id, 'id 0'"):
         run(tmp_path / "store", items)
     assert not (tmp_path / "store").exists()
+
+
+def test_labels_that_are_shifted_already_are_refused_and_a_repeated_token_is_not() -> None:
+    kind = Kind("causal", "ordinal", targets=True)
+    tokens = np.arange(40, 60)
+    shifted = np.append(tokens[1:], -100)
+    with pytest.raises(DatasetFault, match="example 3 has labels that are its tokens shifted by one"):
+        read_item({"input_ids": tokens, "labels": shifted}, 3, kind)
+    same = np.full(20, 7)
+    example = read_item({"input_ids": same, "labels": same}, 3, kind)
+    assert example.targets is not None
+    assert example.targets.tolist() == [7] * 19 + [-1]

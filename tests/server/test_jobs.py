@@ -184,7 +184,7 @@ def test_a_teacher_that_raises_is_the_jobs_error(asker: Asker, site: Site) -> No
     failed = asker.until_ended(asker.ask("raising", "raising"))
     assert (failed["state"], failed["error"]["code"]) == ("failed", "teacher-fault")
     assert "the teacher's own trouble" in failed["error"]["message"]
-    assert any("the same command continues" in line for line in failed["log"])
+    assert any("the same command goes on from there" in line for line in failed["log"])
     assert site.shards("raising") == 1
 
 

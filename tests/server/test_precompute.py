@@ -135,7 +135,7 @@ def test_another_batch_size_is_allowed_and_told(store: Path) -> None:
     interrupted = Interrupting(4096)
     with pytest.raises(KeyboardInterrupt):
         precompute(request(store), interrupted)
-    assert interrupted.notes == ["stopped: 1 of 3 shards are committed and kept; the same command continues"]
+    assert interrupted.notes == ["stopped: 1 of 3 shards are committed and kept; the same command goes on from there"]
     notes = Notes()
     precompute(request(store, batch_size=100), notes)
     assert any("batch size 100 is not the 500" in note for note in notes.notes)
@@ -176,7 +176,7 @@ def test_a_teacher_that_fails_half_way_is_named_and_the_shards_before_are_kept(
     notes = Notes()
     with pytest.raises(TeacherFault, match=message):
         precompute(request(store, teacher=teacher), notes)
-    assert notes.notes == ["stopped: 1 of 3 shards are committed and kept; the same command continues"]
+    assert notes.notes == ["stopped: 1 of 3 shards are committed and kept; the same command goes on from there"]
     reader = LocalLabelSet(store / "set")
     assert reader.describe().labelled == 4096
     reader.close()
@@ -257,7 +257,7 @@ def test_an_example_that_fails_half_way_is_named_and_the_shards_before_are_kept(
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("shrunk", "begun over 9,000 examples, the dataset shrank to 8,999"),
+        ("shrunk", "has 9,000 examples, the dataset shrank to 8,999"),
         ("reordered", r"2 of the 4,096 examples 0 to 4,095 .*\(10, 4000; other input\): the dataset was re-ordered"),
         ("relabelled", r"1 of the 4,096 examples 4,096 to 8,191 .*\(5000; other targets\)"),
     ],

@@ -61,10 +61,10 @@ def test_arrays_end_with_the_last_slot_that_is_used() -> None:
 
 
 def test_an_example_longer_than_a_shard_is_named_with_the_size_that_would_hold_it() -> None:
-    with pytest.raises(DatasetFault, match=r"example 1 has 4,097 rows, a shard has 4,096 .* --rows-per-shard 8,192"):
+    with pytest.raises(DatasetFault, match=r"example 1 has 4,097 rows, a shard has 4,096 .* --rows-per-shard 8192"):
         Layout.causal(CAUSAL, np.array([3, 4097]), 4096)
     with pytest.raises(
-        DatasetFault, match=r"example 3 has 5,000 rows.* another name with --rows-per-shard 8,192 or more"
+        DatasetFault, match=r"example 3 has 5,000 rows.* another name with --rows-per-shard 8192 or more"
     ):
         Layout.causal(CAUSAL, np.array([3, 4096]), 4096).grown(np.array([1, 5000]))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import logitcache.client.tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FetchedLabels(SoftLabels):
     """Soft labels as they arrived; `SoftLabels` tells the arrays."""
 

@@ -132,6 +132,8 @@ class Labels:
 
         They are unknown to the label set, not labelled yet, or withdrawn as damaged. Errors are those of `fetch`.
         """
+        if hasattr(ids, "__len__") and len(ids) == 0:
+            return []
         wanted = as_ids(on_cpu(ids))
         reader = self._reader()
         self._follow(reader, self._digest or reader.describe().digest)

@@ -65,9 +65,9 @@ def distillation_loss(
     Args:
         student_logits: raw, as above. Classes beyond the teacher's count as part of its residual.
         soft: the batch's soft labels, as fetched or as tensors on any device.
-        targets: class indices, None or ``ignore_index`` where there is none: (batch,), or unshifted labels in the shape
-            of the student's positions, that of the logits without the classes. ``"stored"`` takes the label set's own:
-            with ranges of rows it alone knows the token after a range.
+        targets: class indices, and -1 or ``ignore_index`` where there is none: (batch,), or unshifted labels in the
+            shape of the student's positions, that of the logits without the classes. ``"stored"`` takes the label
+            set's own: with ranges of rows it alone knows the token after a range. None means that nothing has one.
         temperature: one that the label set declares.
         alpha: weight of the soft part, in [0, 1].
         tail: ``"bucket"`` compares what is outside the stored k as one class: exact gradient on the stored ones, a

@@ -73,6 +73,8 @@ def paired(
         chosen = _stored_targets(pairs, targets, ignore_index)
     else:
         chosen = targets.to(student.device, torch.int64)
+        # What a dataset may give for none, and what label sets store for it.
+        chosen = chosen.masked_fill(chosen == -1, ignore_index)
         if places is not None:
             chosen = _next_targets(chosen, places, soft.missing if padding == "left" else None, ignore_index)
     if pairs.mask is not None:

@@ -79,7 +79,7 @@ class RowSpec:
         return dict(sorted(fields.items(), key=lambda field: -np.dtype(field[1][0]).itemsize))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SoftLabels:
     """Rows of a label set, the examples in the order asked for.
 
@@ -120,6 +120,12 @@ class SoftLabels:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in self.arrays().items())
+        return (
+            f"{type(self).__name__}({self.examples:,} examples, {len(self):,} rows; {fields}; digest={self.digest!r})"
+        )
 
     @property
     def examples(self) -> int:

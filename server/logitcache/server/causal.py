@@ -20,6 +20,10 @@ MOST_TOKEN = 2**32 - 1
 """Largest token id that can be stored."""
 
 
+FEWEST_SHIFTED = 8
+"""Labels of one example that must all be the next token before they are taken for shifted."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A token sequence without its padding: (length,) uint32 ids, where they began, and how many there were with it."""
@@ -87,7 +91,14 @@ def next_targets(labels: Any, tokens: Tokens, ordinal: int) -> np.ndarray:
             ordinal,
             f"has {len(whole):,} labels for {tokens.given:,} tokens: give one a token, in its place (unshifted)",
         )
-    following = tokens.cut(whole)[1:]
+    kept = tokens.cut(whole)
+    if _are_shifted(kept, tokens.ids):
+        raise _fault(
+            ordinal,
+            "has labels that are its tokens shifted by one: give label i for token i, as transformers takes them, "
+            "since they are shifted here; --no-targets leaves all out",
+        )
+    following = kept[1:]
     none = np.isin(following, NO_LABEL)
     wrong = np.flatnonzero(~none & ((following < 0) | (following >= MAX_CLASSES)))
     if len(wrong):
@@ -100,6 +111,14 @@ def next_targets(labels: Any, tokens: Tokens, ordinal: int) -> np.ndarray:
     targets = np.full(len(tokens.ids), -1, np.int32)
     targets[:-1] = np.where(none, -1, following)
     return targets
+
+
+def _are_shifted(labels: np.ndarray, ids: np.ndarray) -> bool:
+    """Every label is the next token, and not its own: enough of them that it is no chance."""
+    given = np.flatnonzero(~np.isin(labels[:-1], NO_LABEL))
+    if len(given) < FEWEST_SHIFTED:
+        return False
+    return bool((labels[given] == ids[given + 1]).all()) and not bool((labels[given] == ids[given]).all())
 
 
 def _kept(mask: Any, length: int, ordinal: int) -> slice:

@@ -127,7 +127,9 @@ def _label_all(prepared: Prepared, writer: LabelSetWriter, reporter: Reporter, m
                 done += 1
             return writer.seal()
     except BaseException:
-        reporter.note(f"stopped: {done:,} of {total:,} shards are committed and kept; the same command continues")
+        reporter.note(
+            f"stopped: {done:,} of {total:,} shards are committed and kept; the same command goes on from there"
+        )
         raise
     finally:
         batches.close()

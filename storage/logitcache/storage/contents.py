@@ -87,7 +87,7 @@ def refuse_repeated(
         id = int(keys[other - first]) if texts is None else texts[other - first]
         raise DatasetFault(
             f"examples {one:,} and {other:,} have the same id, {id!r:.80}: ids must be different, or labels would "
-            f"belong to two examples ({len(pairs)} such pairs in shard {shard}); shards committed before are kept",
+            f"belong to two examples (repeated ids in shard {shard}: {len(pairs)}); shards committed before are kept",
             examples=[one, other],
         )
 

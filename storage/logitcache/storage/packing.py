@@ -39,7 +39,7 @@ def check_rows_per_shard(rows_per_shard: int | None) -> None:
     nearest = min(max(1, round(rows_per_shard / QUANTUM)), MOST_SLOTS // QUANTUM) * QUANTUM
     raise InvalidRequest(
         f"--rows-per-shard {rows_per_shard} is not a positive multiple of {QUANTUM:,} up to {MOST_SLOTS:,}: "
-        f"try {nearest:,}"
+        f"try {nearest}"
     )
 
 
@@ -67,7 +67,7 @@ def packed_shards(
     if len(row_counts) and int(row_counts.max()) > rows_per_shard:
         longest = int(row_counts.argmax())
         count = int(row_counts[longest])
-        larger = f"--rows-per-shard {-(-count // QUANTUM) * QUANTUM:,} or more"
+        larger = f"--rows-per-shard {-(-count // QUANTUM) * QUANTUM} or more"
         # A label set that grows keeps the shards that it was begun with.
         advice = f"label all under another name with {larger}" if first_ordinal else f"use {larger}"
         raise DatasetFault(

@@ -36,8 +36,9 @@ def refuse_fewer(name: str, layout: Layout, examples: int) -> None:
     """
     if examples < layout.examples:
         raise DatasetChanged(
-            f"label set {name!r} was begun over {layout.examples:,} examples, the dataset shrank to {examples:,}. "
-            "Nothing was changed: restore it, or label it under another name",
+            f"label set {name!r} has {layout.examples:,} examples, the dataset shrank to {examples:,}. Nothing was "
+            "changed: restore it, or label it under another name; to train on a part of the examples, ask for their "
+            "ids alone",
             was=layout.examples,
             now=examples,
         )
