@@ -30,8 +30,8 @@ from benchmarks.machine import machine
 from benchmarks.servers import started
 
 from logitcache.client import connect
-from logitcache.server.precompute import precompute
-from logitcache.server.preparation import Request
+from logitcache.server.labelling.precompute import precompute
+from logitcache.server.labelling.preparation import Request
 
 FEATURES, CLASSES, WIDTH, K, BATCH = 64, 1000, 1024, 32, 256
 GROWTH = 100

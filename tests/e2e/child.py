@@ -4,5 +4,5 @@ import tests.e2e.workload
 import tests.typechecker  # noqa: F401
 import torch  # noqa: F401
 
-import logitcache.server.precompute
+import logitcache.server.labelling.precompute
 import logitcache.storage.zarr_library  # noqa: F401

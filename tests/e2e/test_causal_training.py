@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from logitcache.client import FetchedLabels, LabelMismatch, Labels, connect, distillation_loss
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.precompute import precompute
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
+from logitcache.server.labelling.precompute import precompute
 
 CLASSES, K, TEMPERATURE, ALPHA = 66_000, 64, 2.0, 0.7
 LENGTHS = [1, 2, 3, 17, 255, 256, 2000]

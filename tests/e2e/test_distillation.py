@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from logitcache.client import connect, distillation_loss, with_ids
 from logitcache.labels.identity import Dtype
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.precompute import precompute
-from logitcache.server.preparation import Request
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
+from logitcache.server.labelling.precompute import precompute
+from logitcache.server.labelling.preparation import Request
 
 STEPS = 60
 TEMPERATURE, ALPHA = 2.0, 0.9

@@ -11,10 +11,10 @@ from tests.e2e.workload import CLASSES, Points, teacher, workload
 
 from logitcache.client import LabelMismatch, connect
 from logitcache.labels.soft_labels import SoftLabels
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.precompute import precompute
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
+from logitcache.server.labelling.precompute import precompute
 
 SHARDS = 52
 ROWS_PER_SHARD = 4096

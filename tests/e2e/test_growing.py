@@ -15,9 +15,9 @@ from tests.conformance import assert_rows_equal
 from logitcache.client import Labels, connect
 from logitcache.labels.errors import DigestChanged, RowsMissing
 from logitcache.labels.label_set import Limits
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 
 Connect = Callable[..., Labels]
 
@@ -45,7 +45,7 @@ def path(small: Reference, tmp_path: Path) -> Path:
 @pytest.fixture(params=["folder", "http", "http in parts"])
 def connected(path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     """Opens the label set, any number of times."""
-    monkeypatch.setattr("logitcache.server.catalog.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("logitcache.server.http.catalog.LOOK_AGAIN_S", 0.0)
     limits = Limits(ids=150) if request.param == "http in parts" else Limits()
     with ExitStack() as stack:
         target = str(path)
@@ -144,7 +144,7 @@ def test_every_fetch_during_an_append_is_of_one_generation(
 def test_a_server_keeps_a_label_set_open_that_grows(
     path: Path, small: Reference, large: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.server.catalog.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("logitcache.server.http.catalog.LOOK_AGAIN_S", 0.0)
     catalog = Catalog(path.parent)
     opened = catalog.get("set")
     assert opened.describe().examples == small.layout.examples

@@ -27,9 +27,9 @@ from logitcache.labels.errors import (
     WrongLabels,
 )
 from logitcache.labels.label_set import Limits
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 
 T = TypeVar("T")
 

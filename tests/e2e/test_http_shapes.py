@@ -22,9 +22,9 @@ from logitcache.labels.errors import (
     TooManyRows,
 )
 from logitcache.labels.label_set import LabelSet, Limits
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 from logitcache.storage import LocalLabelSet
 
 SMALL = Limits(ids=300, response_bytes=50_000)

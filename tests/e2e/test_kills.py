@@ -24,7 +24,7 @@ from tests.e2e.workload import times_labelled, workload
 from tests.storage.faults import Counting, killed
 
 from logitcache.labels.errors import RowsMissing
-from logitcache.server.precompute import precompute
+from logitcache.server.labelling.precompute import precompute
 from logitcache.storage import LocalLabelSet
 
 SHARD_ROWS = 4096

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tests.e2e.test_restart import served
 
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
 from logitcache.server.cli import cli
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -9,8 +9,8 @@ import pytest
 from tests.e2e.workload import workload
 
 from logitcache.labels.errors import DiskFull, RowsMissing, StoreNotWritable
-from logitcache.server import space
-from logitcache.server.precompute import precompute
+from logitcache.server.labelling import space
+from logitcache.server.labelling.precompute import precompute
 from logitcache.storage import LocalLabelSet
 
 SHARDS = 50

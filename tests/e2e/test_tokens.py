@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from logitcache.client import Labels, SoftLabelTensors, connect
 from logitcache.labels.errors import InvalidRequest, LabelMismatch, RangeOutside, RowsMissing, ShapeMismatch
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 
 SOME = [7, 2, 30, 2]
 """Examples of a batch, one of them twice."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.server.preparation import Request
+from logitcache.server.labelling.preparation import Request
 
 FEATURES = 8
 CLASSES = 12

@@ -11,9 +11,9 @@ import pytest
 from tests.building import Reference, build, reference
 
 from logitcache.labels.identity import Identity, TeacherId
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 from logitcache.storage.layout import Layout
 from logitcache.storage.writer import LabelSetWriter
 

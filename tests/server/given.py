@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.server.precompute import Summary, precompute
-from logitcache.server.preparation import Request
+from logitcache.server.labelling.precompute import Summary, precompute
+from logitcache.server.labelling.preparation import Request
 from logitcache.server.progress import Reporter
 
 VOCABULARY = 50

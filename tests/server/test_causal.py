@@ -16,11 +16,11 @@ from tests.server.test_precompute import Interrupting, Notes
 from logitcache.labels.errors import DatasetChanged, DatasetFault, InvalidRequest, LogitcacheError, TeacherFault
 from logitcache.labels.fingerprints import token_fingerprint
 from logitcache.labels.soft_labels import SoftLabels
-from logitcache.server.items import Kind
-from logitcache.server.labelling import bucketed
-from logitcache.server.plan import plan
-from logitcache.server.precompute import precompute
-from logitcache.server.survey import facts_dtype
+from logitcache.server.labelling.items import Kind
+from logitcache.server.labelling.plan import plan
+from logitcache.server.labelling.precompute import precompute
+from logitcache.server.labelling.shard_arrays import bucketed
+from logitcache.server.labelling.survey import facts_dtype
 from logitcache.storage import LocalLabelSet
 
 FORWARD = 1e-4

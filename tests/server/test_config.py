@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from logitcache.labels.errors import InvalidRequest
 from logitcache.server.cli import cli
 from logitcache.server.config import Config
+from logitcache.server.http.serve import listening
 from logitcache.server.jobs.command import check_registered
 from logitcache.server.jobs.job import parse_asked
-from logitcache.server.serve import listening
 
 WHOLE = """\
 store = "labels"

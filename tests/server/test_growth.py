@@ -11,7 +11,7 @@ from tests.server.given import CLASSES, FEATURES, Linear, Recurrent, request_of,
 from tests.server.test_precompute import Interrupting, Notes
 
 from logitcache.labels.errors import DatasetChanged, DatasetFault, IdentityChanged
-from logitcache.server.plan import plan
+from logitcache.server.labelling.plan import plan
 from logitcache.storage import LocalLabelSet
 
 

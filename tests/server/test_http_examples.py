@@ -13,7 +13,7 @@ from tests.server.test_http_api import problem_of
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RowsMissing, TooManyRows
 from logitcache.labels.ids import as_ids
-from logitcache.server import openapi
+from logitcache.server.http import openapi
 
 BOOKS, PHOTOS = "/v1/label-sets/books", "/v1/label-sets/photos"
 SAFETENSORS = {"Content-Type": wire.MEDIA_TYPE}

@@ -16,8 +16,8 @@ from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RangeOutside, TooManyRows
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import Description
-from logitcache.server import openapi
-from logitcache.server.rows_json import fetch_rows
+from logitcache.server.http import openapi
+from logitcache.server.http.rows_json import fetch_rows
 from logitcache.storage import LocalLabelSet
 
 BOOKS, PHOTOS = "/v1/label-sets/books", "/v1/label-sets/photos"

@@ -13,7 +13,7 @@ from tests.server.given import FEATURES, Linear, run, sequences
 
 from logitcache.labels.errors import DatasetChanged, DatasetFault
 from logitcache.labels.fingerprints import fingerprint, token_fingerprint
-from logitcache.server.items import Kind, read_item, settle, whole_number
+from logitcache.server.labelling.items import Kind, read_item, settle, whole_number
 from logitcache.storage import LocalLabelSet
 
 INPUT = torch.arange(3.0)

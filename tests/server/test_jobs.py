@@ -12,14 +12,14 @@ import pytest
 from tests.server.job_site import CONFIG, Asker, Site, until
 
 from logitcache.labels.errors import JobNotFound, Unavailable
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
 from logitcache.server.config import Config
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
 from logitcache.server.jobs.job import Asked, Job, ProcessId
 from logitcache.server.jobs.process import _began
 from logitcache.server.jobs.queue import MOST_LISTED, Jobs
-from logitcache.server.serve import running
 
 GRACE_S = 0.5
 

@@ -16,9 +16,9 @@ from logitcache.labels import wire
 from logitcache.labels.errors import ServerFault
 from logitcache.labels.problem import from_problem
 from logitcache.server import logs
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import running
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import running
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_an_unforeseen_failure_tells_the_client_nothing_and_the_log_everything(
 def test_a_label_set_that_appears_is_served_and_one_that_goes_is_not_found(
     own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.server.catalog.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("logitcache.server.http.catalog.LOOK_AGAIN_S", 0.0)
     with running(create_app(Catalog(own_store))) as url, httpx.Client(base_url=url) as client:
         assert client.get("/v1/label-sets/late").status_code == 404
         write_label_set(own_store / "late")

@@ -26,12 +26,12 @@ from logitcache.labels.errors import (
     TeacherFault,
 )
 from logitcache.labels.identity import declared
-from logitcache.server import space
 from logitcache.server.cli import cli
-from logitcache.server.plan import plan
-from logitcache.server.precompute import precompute
-from logitcache.server.preparation import Request
-from logitcache.server.teachers import weights_digest
+from logitcache.server.labelling import space
+from logitcache.server.labelling.plan import plan
+from logitcache.server.labelling.precompute import precompute
+from logitcache.server.labelling.preparation import Request
+from logitcache.server.labelling.teachers import weights_digest
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.writer import LabelSetWriter
 

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from logitcache.labels.errors import InvalidRequest, ServerFault, StoreNotFound
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
-from logitcache.server.serve import check_exposure, listening, running, serve, url_of
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.serve import check_exposure, listening, running, serve, url_of
 
 Process = subprocess.Popen[str]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.labels.soft_labels import RowSpec, SoftLabels
-from logitcache.server.top_k import Rows, faulty_rows, select_top_k
+from logitcache.server.labelling.top_k import Rows, faulty_rows, select_top_k
 
 TEMPERATURES = (0.5, 1.0, 4.0)
 

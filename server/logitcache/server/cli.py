@@ -17,10 +17,10 @@ from click.core import ParameterSource
 
 from logitcache.labels.errors import LogitcacheError, ShardDamaged
 from logitcache.labels.identity import check_name
+from logitcache.server.http.rows_json import fetch_rows, is_whole_number, parse_id, parse_rows, rows_to_json
 from logitcache.server.jobs.recording import recorded
 from logitcache.server.listing import page, table
 from logitcache.server.names import not_found
-from logitcache.server.rows_json import fetch_rows, is_whole_number, parse_id, parse_rows, rows_to_json
 from logitcache.server.terminal import Commands, extra, sigterm_as_interrupt, store_option
 from logitcache.storage import LocalLabelSet, label_set_names
 
@@ -95,9 +95,9 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
     """
     with recorded() as job:
         with extra("teacher", "precompute"):
-            from logitcache.server.plan import plan
-            from logitcache.server.precompute import precompute as run
-            from logitcache.server.preparation import Request
+            from logitcache.server.labelling.plan import plan
+            from logitcache.server.labelling.precompute import precompute as run
+            from logitcache.server.labelling.preparation import Request
             from logitcache.server.progress import reporter
         request = Request(temperatures=temperatures, **arguments)
         try:
@@ -155,8 +155,8 @@ def serve(ctx: click.Context, /, store: Path, config_file: Path | None, **option
       curl localhost:8000/v1/label-sets/digits/fetch -H 'Content-Type: application/json' -d '{"ids": [3, 1, 4]}'
     """
     with extra("server", "serve"):
-        from logitcache.server import serve as server
         from logitcache.server.config import Config
+        from logitcache.server.http import serve as server
     if config_file is not None:
         config = Config.read(config_file)
         given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}

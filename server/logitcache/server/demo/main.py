@@ -23,8 +23,8 @@ from logitcache.server.demo import report
 from logitcache.server.demo.local_server import serving
 from logitcache.server.demo.parts import PARTS, Agreement, Part
 from logitcache.server.demo.training import ALPHA, CachedLabels, HardLabels, LiveTeacher, Method, Run, train
-from logitcache.server.precompute import precompute
-from logitcache.server.preparation import Request
+from logitcache.server.labelling.precompute import precompute
+from logitcache.server.labelling.preparation import Request
 from logitcache.server.progress import reporter
 
 STORE = "demo-label-sets"

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from logitcache.labels.errors import RequestRefused
 from logitcache.labels.identity import Dtype, canonical_json, check_name, declared, sha256_hex
-from logitcache.server.problems import invalid_request
+from logitcache.server.complaints import invalid_request
 from logitcache.storage.packing import check_rows_per_shard
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]

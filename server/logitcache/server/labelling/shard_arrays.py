@@ -11,10 +11,10 @@ import torch
 
 from logitcache.labels.errors import DatasetChanged, TeacherFault, shown
 from logitcache.labels.soft_labels import SoftLabels, splits_of
-from logitcache.server.batches import Batch
-from logitcache.server.survey import Facts, beyond_fault
-from logitcache.server.teachers import Teacher
-from logitcache.server.top_k import Rows, faulty_rows, select_top_k
+from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.survey import Facts, beyond_fault
+from logitcache.server.labelling.teachers import Teacher
+from logitcache.server.labelling.top_k import Rows, faulty_rows, select_top_k
 from logitcache.storage.layout import Layout
 
 

@@ -15,9 +15,9 @@ from starlette.convertors import Convertor, register_url_convertor
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, LogitcacheError, Unavailable
 from logitcache.labels.label_set import UNKNOWN, UNLABELLED
-from logitcache.server import openapi
-from logitcache.server.catalog import Catalog
-from logitcache.server.messages import (
+from logitcache.server.http import openapi
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.messages import (
     JSON,
     SAFETENSORS,
     answer_type,
@@ -26,9 +26,9 @@ from logitcache.server.messages import (
     parse_missing,
     read_body,
 )
-from logitcache.server.metrics import Metrics
-from logitcache.server.record import Record
-from logitcache.server.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
+from logitcache.server.http.metrics import Metrics
+from logitcache.server.http.record import Record
+from logitcache.server.http.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
 from logitcache.server.wording import counted
 
 DIGEST_HEADER = "Logitcache-Digest"

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from logitcache.labels.errors import NotRegistered, RequestRefused, TooManyRows
-from logitcache.server import openapi
+from logitcache.server.http import openapi
+from logitcache.server.http.messages import JSON, media_type, read_body
 from logitcache.server.jobs.job import JobDetail, JobState, parse_asked
 from logitcache.server.jobs.queue import Jobs
-from logitcache.server.messages import JSON, media_type, read_body
 
 jobs = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=openapi.PROBLEMS)
 

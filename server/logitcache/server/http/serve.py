@@ -25,9 +25,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from logitcache.labels import problem
 from logitcache.labels.errors import InvalidRequest, RequestRefused, ServerFault
 from logitcache.server import logs
-from logitcache.server.app import create_app
-from logitcache.server.catalog import Catalog
 from logitcache.server.config import Config
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
 from logitcache.server.jobs.queue import Jobs
 from logitcache.storage import label_set_names
 from logitcache.storage.files import Files

@@ -11,13 +11,13 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from logitcache.server.catalog import Catalog
-from logitcache.server.job_routes import jobs as job_routes
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.job_routes import jobs as job_routes
+from logitcache.server.http.metrics import Metrics
+from logitcache.server.http.middleware import Observed
+from logitcache.server.http.problems import add_handlers
+from logitcache.server.http.routes import label_sets, operations
 from logitcache.server.jobs.queue import Jobs
-from logitcache.server.metrics import Metrics
-from logitcache.server.middleware import Observed
-from logitcache.server.problems import add_handlers
-from logitcache.server.routes import label_sets, operations
 
 
 def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:

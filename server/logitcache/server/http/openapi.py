@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from logitcache.labels import label_set
 from logitcache.labels.problem import MEDIA_TYPE as PROBLEM
+from logitcache.server.http.messages import JSON, SAFETENSORS, FetchBody, MissingBody
 from logitcache.server.jobs.job import Asked, JobState
-from logitcache.server.messages import JSON, SAFETENSORS, FetchBody, MissingBody
 
 Responses = dict[int | str, dict[str, Any]]
 

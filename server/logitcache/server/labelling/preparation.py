@@ -12,11 +12,11 @@ import numpy as np
 
 from logitcache.labels.errors import InvalidRequest, LabelSetNotFound
 from logitcache.labels.identity import Dtype, Identity, check_name, declared
-from logitcache.server.datasets import Examples, load_dataset
-from logitcache.server.labelling import bucketed
+from logitcache.server.labelling.datasets import Examples, load_dataset
+from logitcache.server.labelling.shard_arrays import bucketed
+from logitcache.server.labelling.survey import Facts, refuse_beyond, refuse_repeated
+from logitcache.server.labelling.teachers import Teacher, load_teacher
 from logitcache.server.progress import Reporter, Silent
-from logitcache.server.survey import Facts, refuse_beyond, refuse_repeated
-from logitcache.server.teachers import Teacher, load_teacher
 from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.packing import check_rows_per_shard, default_rows_per_shard

@@ -18,8 +18,8 @@ from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
 from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import OnMissing
-from logitcache.server.problems import invalid_request
-from logitcache.server.record import Record
+from logitcache.server.complaints import invalid_request
+from logitcache.server.http.record import Record
 
 JSON = "application/json"
 SAFETENSORS = wire.MEDIA_TYPE

@@ -13,10 +13,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from logitcache.labels.errors import DatasetChanged, DatasetFault, shown
-from logitcache.server import specs
-from logitcache.server.batches import Batch
-from logitcache.server.items import Example, Kind, read_item, settle
-from logitcache.server.survey import Facts, alike, differing, facts_dtype, facts_of
+from logitcache.server.labelling import specs
+from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.items import Example, Kind, read_item, settle
+from logitcache.server.labelling.survey import Facts, alike, differing, facts_dtype, facts_of
 
 PROBES = 64
 """Examples that are read twice before any work, to find datasets that give other inputs each time."""

@@ -4,8 +4,7 @@ One function makes the response; the handlers only turn what they caught into a 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,15 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from logitcache.labels import problem
-from logitcache.labels.errors import (
-    SHOWN,
-    InvalidIds,
-    InvalidRequest,
-    LogitcacheError,
-    RequestRefused,
-    ServerFault,
-)
-from logitcache.server.record import Record
+from logitcache.labels.errors import LogitcacheError, RequestRefused, ServerFault
+from logitcache.server.complaints import invalid_request
+from logitcache.server.http.record import Record
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -52,21 +45,6 @@ def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str,
     if record.body_refused:
         headers["Connection"] = "close"
     return JSONResponse(content, content["status"], headers, media_type=problem.MEDIA_TYPE)
-
-
-def invalid_request(errors: Iterable[Mapping[str, Any]]) -> InvalidRequest:
-    """pydantic's complaints as one error that names each field: `InvalidIds` when they are all about ids."""
-    fields = [{"field": _field(error["loc"]), "problem": str(error["msg"])} for error in errors]
-    told = "; ".join(f"{field['field'] or 'body'}: {field['problem']}" for field in fields[:SHOWN])
-    if len(fields) > SHOWN:
-        told += f"; and {len(fields) - SHOWN:,} more"
-    about_ids = all(field["field"].split(".")[0] == "ids" for field in fields)
-    return (InvalidIds if about_ids else InvalidRequest)(told, fields=fields[:100])
-
-
-def _field(place: Sequence[int | str]) -> str:
-    """Name of a field as the client wrote it: the framework puts where it stood in front."""
-    return ".".join(str(part) for part in place if part not in ("body", "query", "path"))
 
 
 def unforeseen(request_id: str) -> ServerFault:

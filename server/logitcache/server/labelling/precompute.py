@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from logitcache.labels.errors import shown
-from logitcache.server.batches import Batch
-from logitcache.server.comparison import check_appended, check_labelled
-from logitcache.server.datasets import worker_deaths_told
-from logitcache.server.labelling import ShardArrays, label
-from logitcache.server.preparation import Prepared, Request, prepare
+from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.comparison import check_appended, check_labelled
+from logitcache.server.labelling.datasets import worker_deaths_told
+from logitcache.server.labelling.preparation import Prepared, Request, prepare
+from logitcache.server.labelling.shard_arrays import ShardArrays, label
+from logitcache.server.labelling.space import check_space
 from logitcache.server.progress import Reporter, Silent
-from logitcache.server.space import check_space
 from logitcache.server.wording import counted, extent, retained_lines, size
 from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout

@@ -10,9 +10,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from logitcache.labels.errors import LogitcacheError
-from logitcache.server.catalog import Catalog
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.record import Record
 from logitcache.server.jobs.queue import Jobs
-from logitcache.server.record import Record
 
 METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"})
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

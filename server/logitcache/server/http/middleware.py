@@ -12,10 +12,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from logitcache.server.http.metrics import Metrics
+from logitcache.server.http.problems import problem_response, unforeseen
+from logitcache.server.http.record import UNMATCHED, Record
 from logitcache.server.logs import logger
-from logitcache.server.metrics import Metrics
-from logitcache.server.problems import problem_response, unforeseen
-from logitcache.server.record import UNMATCHED, Record
 
 CLIENT_GONE = 499
 """Status in log and metrics when the client hung up before it had its answer (nginx's convention; nothing is sent)."""

@@ -13,8 +13,8 @@ import torch
 from logitcache.labels.errors import DatasetFault, shown
 from logitcache.labels.ids import Ids
 from logitcache.labels.soft_labels import splits_of
-from logitcache.server.items import Example, Kind
-from logitcache.server.survey import keys_of
+from logitcache.server.labelling.items import Example, Kind
+from logitcache.server.labelling.survey import keys_of
 
 PADDING = 0
 """Token in the place of padding: every vocabulary has it, and no row depends on it."""

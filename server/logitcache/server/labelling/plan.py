@@ -7,10 +7,10 @@ import numpy as np
 
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import SoftLabels, temperature_name
-from logitcache.server.labelling import label, soft_labels
-from logitcache.server.preparation import Prepared, Request, prepare
+from logitcache.server.labelling.preparation import Prepared, Request, prepare
+from logitcache.server.labelling.shard_arrays import label, soft_labels
+from logitcache.server.labelling.space import free_bytes, needed_bytes
 from logitcache.server.progress import Reporter
-from logitcache.server.space import free_bytes, needed_bytes
 from logitcache.server.wording import counted, duration, extent, retained_lines, size
 from logitcache.storage.statistics import retained_mass, summed
 

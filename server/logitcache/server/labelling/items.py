@@ -16,7 +16,7 @@ from logitcache.labels.errors import DatasetFault, InvalidIds, shown
 from logitcache.labels.fingerprints import fingerprint, token_fingerprint
 from logitcache.labels.identity import MAX_CLASSES, Alignment
 from logitcache.labels.ids import IdKind, check_text
-from logitcache.server.causal import cut_tokens, is_sequence, next_targets
+from logitcache.server.labelling.causal import cut_tokens, is_sequence, next_targets
 
 NO_TARGET = (-1, -100)
 """What a dataset gives in a target's place where an example has none."""

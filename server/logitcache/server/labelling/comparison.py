@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from logitcache.server.items import Kind
-from logitcache.server.preparation import Prepared
+from logitcache.server.labelling.items import Kind
+from logitcache.server.labelling.preparation import Prepared
+from logitcache.server.labelling.survey import Facts, facts_dtype, refuse_changed, refuse_repeated, targets_hash
 from logitcache.server.progress import Reporter
-from logitcache.server.survey import Facts, facts_dtype, refuse_changed, refuse_repeated, targets_hash
 from logitcache.storage.terms import refuse_other_lengths
 from logitcache.storage.writer import LabelSetWriter
 

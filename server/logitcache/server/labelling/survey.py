@@ -11,7 +11,7 @@ import xxhash
 
 from logitcache.labels.errors import DatasetChanged, DatasetFault, shown
 from logitcache.labels.ids import text_keys
-from logitcache.server.items import Example, Kind
+from logitcache.server.labelling.items import Example, Kind
 from logitcache.storage.id_index import repeated
 
 Facts = np.ndarray

@@ -14,8 +14,8 @@ import torch
 
 from logitcache.labels.errors import InvalidRequest, TeacherFault
 from logitcache.labels.identity import MAX_CLASSES, TeacherId
-from logitcache.server import specs
-from logitcache.server.batches import Batch
+from logitcache.server.labelling import specs
+from logitcache.server.labelling.batches import Batch
 
 
 class Teacher:
