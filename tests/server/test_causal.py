@@ -302,9 +302,9 @@ def test_what_cannot_lie_in_a_shard_is_refused_before_anything_is_written(
 
 
 def test_without_a_shard_size_the_default_holds_the_longest_example(store: Path) -> None:
-    run(store, [{"input_ids": tokens} for tokens in sequences([5, 17_000])], rows_per_shard=None)
+    run(store, [{"input_ids": tokens} for tokens in sequences([5, 34_000])], rows_per_shard=None)
     reader = LocalLabelSet(store / "set")
-    assert reader.layout.rows_per_shard == 20_480
+    assert reader.layout.rows_per_shard == 36_864
     reader.close()
 
 

@@ -258,11 +258,12 @@ def test_rows_that_are_withdrawn_while_they_are_gathered_are_not_returned(
     plain = gather.gather_rows
     calls: list[int] = []
 
-    def withdrawn_meanwhile(*arguments: Any) -> None:
-        plain(*arguments)
+    def withdrawn_meanwhile(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = plain(*arguments)
         calls.append(1)
         if len(calls) == 1:
             reader.verify_all()
+        return arrays
 
     monkeypatch.setattr(local, "gather_rows", withdrawn_meanwhile)
     with pytest.raises(RowsMissing, match="damaged"):

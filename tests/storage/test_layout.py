@@ -73,7 +73,7 @@ def test_an_append_that_would_make_too_many_shards_is_refused() -> None:
     layout = Layout.pointwise(POINTWISE, 5999 * 4096, 4096).grown(1)
     with pytest.raises(InvalidRequest, match="append less often, or label all under another name"):
         layout.grown(1)
-    with pytest.raises(InvalidRequest, match=r"map: use a larger --rows-per-shard \(16,384 is"):
+    with pytest.raises(InvalidRequest, match=r"map: use a larger --rows-per-shard \(32,768 is"):
         Layout.pointwise(POINTWISE, 6001 * 4096, 4096)
 
 

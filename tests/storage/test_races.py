@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,17 +167,18 @@ def test_rows_gathered_before_a_repair_are_not_given_out_after_it(
     reader = LocalLabelSet(label_set)
     reader.verify_all()
     other = replace(source, logits=source.logits[:, ::-1].copy())
-    plain: Callable[..., None] = gather.gather_rows
+    plain = gather.gather_rows
     calls: list[int] = []
 
-    def repaired_meanwhile(*arguments: Any) -> None:
-        plain(*arguments)
+    def repaired_meanwhile(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = plain(*arguments)
         calls.append(1)
         if len(calls) == 1:
             damage(label_set, 1)
             repair(label_set, other)
             reader._shards.refresh()
             reader._shards.admit([1])
+        return arrays
 
     monkeypatch.setattr(local, "gather_rows", repaired_meanwhile)
     assert_rows_equal(reader.fetch([SECOND]), other, np.array([SECOND]))

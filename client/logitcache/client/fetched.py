@@ -3,7 +3,7 @@
 It imports torch only when asked to, and knows nothing of how they were fetched.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logitcache.client.extras import import_with_torch
@@ -20,7 +20,9 @@ class FetchedLabels(SoftLabels):
     @classmethod
     def of(cls, soft: SoftLabels) -> "FetchedLabels":
         """The same arrays, not copied."""
-        return cls(**{field.name: getattr(soft, field.name) for field in fields(soft)})
+        fetched = cls.__new__(cls)
+        fetched.__dict__.update(soft.__dict__)
+        return fetched
 
     def to(self, device: Any, non_blocking: bool = False) -> "logitcache.client.tensors.SoftLabelTensors":
         """The same rows as torch tensors on ``device``, with int64 indices.

@@ -210,7 +210,7 @@ class HttpLabelSet:
         if spec.ragged and part.ranges is not None:
             rows = int((part.ranges[:, 1] - part.ranges[:, 0]).sum())
             described.limits.check(spec, examples, rows)
-        size = rows * spec.row_bytes + examples * spec.example_bytes
+        size = spec.nbytes(rows, examples)
         if spec.ragged and part.ranges is None:
             size = max(described.limits.response_bytes, size)
         # A mask has a byte an example, and row_splits have one more entry than there are examples.
@@ -219,7 +219,7 @@ class HttpLabelSet:
     def _note_size(self, soft: SoftLabels, described: Description) -> None:
         """Ask for more examples at once again, where an answer of as many as we dared was far below the limit."""
         spec = described.row_spec
-        size = len(soft) * spec.row_bytes + soft.examples * spec.example_bytes
+        size = spec.nbytes(len(soft), soft.examples)
         if soft.examples == self._examples_a_part and 4 * size < described.limits.response_bytes:
             self._examples_a_part = 2 * soft.examples
 

@@ -56,12 +56,12 @@ class Labels:
 
     def open(self) -> "Labels":
         """Read and check the description now, and not at the first use; returns itself."""
-        self._reader()
+        self._opened()
         return self
 
     def describe(self) -> Description:
         """The label set as of now: identity, progress, digest, limits."""
-        return self._reader().describe()
+        return self._opened()[1].describe()
 
     def fetch(
         self,
@@ -101,9 +101,9 @@ class Labels:
             DeadlineExceeded, Unavailable: no answer within the time allowed.
         """
         wanted = as_ids(on_cpu(ids))
-        reader = self._reader()
+        here, reader = self._opened()
         held: HeldTokens | None = None
-        if self._is_causal and inputs is not None:
+        if inputs is not None and self._is_causal:
             held = held_tokens(inputs, attention_mask, wanted)
             if rows is not None:
                 rows = as_ranges(on_cpu(rows), len(wanted))
@@ -119,8 +119,9 @@ class Labels:
             if rows is not None:
                 raise
             raise too_many(error.ids, masked=attention_mask is not None) from error
-        self._follow(reader, soft.digest)
-        self._here().tally.count(rows=len(soft), bytes=sum(array.nbytes for array in soft.arrays().values()))
+        self._follow(here, soft.digest)
+        if here.described is not None:
+            here.tally.count(rows=len(soft), bytes=here.described.row_spec.nbytes(len(soft), soft.examples))
         if held is not None:
             check_tokens(held, soft, wanted, repr(self), masked=attention_mask is not None)
         elif inputs is not None:
@@ -135,8 +136,8 @@ class Labels:
         if hasattr(ids, "__len__") and len(ids) == 0:
             return []
         wanted = as_ids(on_cpu(ids))
-        reader = self._reader()
-        self._follow(reader, self._digest or reader.describe().digest)
+        here, reader = self._opened()
+        self._follow(here, self._digest or reader.describe().digest)
         return wanted.at(reader.states(wanted, digest=self._digest) != LABELLED)
 
     def attach(
@@ -178,7 +179,7 @@ class Labels:
         Raises:
             InvalidRequest: ``depth`` is below 0, or ``attention_mask`` is given without ``inputs``.
         """
-        self._reader()
+        self._opened()
         parts = token_parts(inputs, attention_mask) if self._is_causal else _given(inputs, attention_mask)
 
         def fetch(ids: Any, **others: Any) -> FetchedLabels:
@@ -220,9 +221,13 @@ class Labels:
             self._process = InProcess(inherited=self._process)
         return self._process
 
-    def _reader(self) -> LabelSet:
-        """This process's reader; opened, and checked to be the label set expected, when it is first needed."""
+    def _opened(self) -> tuple[InProcess, LabelSet]:
+        """This process's state and reader, which is opened, and checked to be the label set expected, when it is first
+        needed.
+        """
         here = self._here()
+        if here.reader is not None and not self._closed:
+            return here, here.reader
         with here.lock:
             if self._closed:
                 raise InvalidRequest(f"{self!r} is closed: connect again")
@@ -237,7 +242,7 @@ class Labels:
                     reader.close()
                     raise
                 here.reader = reader
-            return here.reader
+            return here, here.reader
 
     @property
     def _is_causal(self) -> bool:
@@ -245,15 +250,14 @@ class Labels:
         described = self._here().described
         return described is not None and described.identity.alignment == "causal"
 
-    def _follow(self, reader: LabelSet, digest: str | None) -> None:
+    def _follow(self, here: InProcess, digest: str | None) -> None:
         """Take a label set that was finished, repaired or grew, and refuse another one that was put in its place.
 
         ``digest`` is that of what was just read. The reader holds it to the one that was pinned, if any.
         """
-        here = self._here()
-        if here.described is None or digest == (self._digest or here.described.digest):
+        if here.described is None or here.reader is None or digest == (self._digest or here.described.digest):
             return
-        now = reader.describe()
+        now = here.reader.describe()
         check_expected(now, digest=self._digest, teacher=self._teacher)
         check_successor(here.described, now, repr(self), digest)
         here.described = now

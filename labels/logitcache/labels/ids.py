@@ -70,6 +70,8 @@ def as_ids(ids: Any) -> Ids:
     """
     if isinstance(ids, Ids):
         return ids
+    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.ndim == 1 and ids.size and ids.flags.c_contiguous:
+        return Ids(ids)
     if isinstance(ids, str | bytes | dict | set):
         raise InvalidIds(f"ids must be a sequence of whole numbers or of texts, not {type(ids).__name__}")
     if isinstance(ids, list | tuple) and ids and isinstance(ids[0], str):

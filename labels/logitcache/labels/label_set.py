@@ -5,6 +5,7 @@ behaviour.
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,7 +31,7 @@ class Limits:
 
     def examples_a_fetch(self, spec: RowSpec) -> int:
         """Examples that one fetch may ask for; where examples have many rows, their bytes may allow fewer."""
-        return max(1, min(self.ids, self.response_bytes // (spec.row_bytes + spec.example_bytes)))
+        return max(1, min(self.ids, self.response_bytes // (spec.nbytes(1, 1))))
 
     def check(self, spec: RowSpec, examples: int, rows: int) -> None:
         """Refuse a fetch of so many examples and rows if it is above these limits.
@@ -42,7 +43,7 @@ class Limits:
             raise TooManyRows(
                 f"{examples:,} ids in one fetch, {self.ids:,} are allowed: split it", ids=examples, limit=self.ids
             )
-        size = rows * spec.row_bytes + examples * spec.example_bytes
+        size = spec.nbytes(rows, examples)
         # One row of one example is always given.
         if size > self.response_bytes and rows > 1:
             raise TooManyRows(
@@ -93,7 +94,7 @@ class Description:
     limits: Limits = field(default_factory=Limits)
     retained_mass: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def row_spec(self) -> RowSpec:
         """What one row consists of."""
         return row_spec(self.identity)

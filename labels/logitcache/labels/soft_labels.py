@@ -4,6 +4,7 @@ Written for NumPy alone. It knows nothing of where rows come from (`storage`, th
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 import numpy as np
@@ -42,22 +43,37 @@ class RowSpec:
     ragged: bool = False
     targets: bool = False
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """Names of the float32 columns that are stored together as ``scalars``."""
         tails = (f"tail_logsumexp@{temperature_name(value)}" for value in self.temperatures)
         return ("logit_max", *tails, *(("target_logit",) if self.targets else ()))
 
-    @property
+    @cached_property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the fields that are stored as one array each, a row of it for each row."""
+        return ("indices", "logits", *(("tokens",) if self.ragged else ()), *(("target",) if self.targets else ()))
+
+    @cached_property
+    def scalars(self) -> dict[str, int | slice]:
+        """The fields that are stored together as ``scalars``, and which of its columns they are."""
+        tails: dict[str, int | slice] = {"tail_logsumexp": slice(1, 1 + len(self.temperatures))}
+        return {"logit_max": 0} | tails | ({"target_logit": -1} if self.targets else {})
+
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row on disk and on the wire; what belongs to its example not included."""
         head = self.k * (np.dtype(self.index_dtype).itemsize + np.dtype(self.dtype).itemsize)
         return head + 4 * (len(self.columns) + self.ragged + self.targets)
 
-    @property
+    @cached_property
     def example_bytes(self) -> int:
         """Bytes on the wire of what an example has once: its fingerprint, and where its rows end."""
         return 16 if self.ragged else 8
+
+    def nbytes(self, rows: int, examples: int) -> int:
+        """Bytes of so many rows of so many examples on the wire, header and mask not included."""
+        return rows * self.row_bytes + examples * self.example_bytes
 
     def fields(self, rows: int, examples: int, *, present: bool = False) -> dict[str, tuple[str, Shape]]:
         """Name, dtype and shape of each array of ``rows`` rows of ``examples`` examples, widest elements first so that
@@ -140,8 +156,8 @@ class SoftLabels:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by field name."""
-        named = {name: getattr(self, name) for name in ARRAYS}
-        return {name: array for name, array in named.items() if array is not None}
+        held = self.__dict__
+        return {name: held[name] for name in ARRAYS if held[name] is not None}
 
     def log_normalizer(self, temperature: float = 1.0) -> Float64[np.ndarray, " rows"]:
         """log of the sum of exp(centred logit / temperature) over all classes, stored or not.

@@ -9,6 +9,7 @@ Nothing is ever unpickled; a header is checked against the body's size before an
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,11 @@ MEDIA_TYPE = "application/vnd.safetensors"
 
 MAX_HEADER_BYTES = 1 << 20
 """A longer header is refused: ours are under 1 KiB."""
+
+PLANS = 256
+"""Shapes of bodies whose headers are kept. Longer headers than `KEPT_HEADER_BYTES` are read anew each time."""
+
+KEPT_HEADER_BYTES = 2048
 
 _CODES = {
     "bool": "BOOL",
@@ -41,17 +47,48 @@ _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items
 Arrays = dict[str, np.ndarray]
 
 
-@lru_cache(maxsize=1024)
-def _header(fields: tuple[tuple[str, str, Shape], ...], metadata: tuple[tuple[str, str], ...]) -> tuple[bytes, int]:
-    """Length prefix and padded header of a body, and the body's size; computed once a batch shape."""
+@dataclass(frozen=True, eq=False)
+class BodyPlan:
+    """Where everything of a body lies; the same for all bodies of one shape, so it is made once and kept.
+
+    Attributes:
+        head: (bytes,) length prefix and padded header.
+        size: bytes of the whole body.
+        places: name, dtype, shape and offset of each array.
+        metadata: the header's metadata.
+    """
+
+    head: UInt8[np.ndarray, " bytes"]
+    size: int
+    places: tuple[tuple[str, np.dtype[Any], Shape, int], ...]
+    metadata: Mapping[str, str]
+
+    def views(self, body: np.ndarray | bytes | bytearray | memoryview) -> Arrays:
+        """The arrays of a body of this plan, not copied; they can be written to where the body can."""
+        return {name: np.ndarray(shape, dtype, body, offset) for name, dtype, shape, offset in self.places}
+
+    def allocate(self) -> tuple[UInt8[np.ndarray, " bytes"], Arrays]:
+        """A body with its header written and its arrays not yet: the body, and writeable views of the arrays."""
+        body = np.empty(self.size, np.uint8)
+        body[: len(self.head)] = self.head
+        return body, self.views(body)
+
+
+@lru_cache(maxsize=PLANS)
+def _plan(fields: tuple[tuple[str, str, Shape], ...], metadata: tuple[tuple[str, str], ...]) -> BodyPlan:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    ends = [0]
     for name, dtype, shape in fields:
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        ends.append(ends[-1] + math.prod(shape) * np.dtype(dtype).itemsize)
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+    head = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    places = tuple(
+        (name, np.dtype(dtype), shape, len(head) + begin)
+        for (name, dtype, shape), begin in zip(fields, ends, strict=False)
+    )
+    return BodyPlan(head, len(head) + ends[-1], places, dict(metadata))
 
 
 def allocate(
@@ -61,19 +98,15 @@ def allocate(
 
     ``fields`` gives dtype and shape by name, widest elements first; `RowSpec.fields` does.
     """
-    key = tuple((name, dtype, shape) for name, (dtype, shape) in fields.items())
-    header, size = _header(key, tuple(metadata.items()))
-    body = np.empty(size, np.uint8)
-    body[: len(header)] = np.frombuffer(header, np.uint8)
-    views, offset = {}, len(header)
-    for name, (dtype, shape) in fields.items():
-        views[name], offset = _view(body, offset, np.dtype(dtype), shape)
-    return body, views
+    return _plan(tuple((name, *field) for name, field in fields.items()), tuple(metadata.items())).allocate()
 
 
-def _view(body: np.ndarray, offset: int, dtype: np.dtype[Any], shape: Shape) -> tuple[np.ndarray, int]:
-    end = offset + math.prod(shape) * dtype.itemsize
-    return body[offset:end].view(dtype).reshape(shape), end
+@lru_cache(maxsize=PLANS)
+def rows_plan(spec: RowSpec, rows: int, examples: int, present: bool, digest: str | None) -> BodyPlan:
+    """The plan of a body of ``rows`` rows of ``examples`` examples, with a mask if ``present``."""
+    fields = spec.fields(rows, examples, present=present)
+    metadata = row_metadata(spec.temperatures, digest)
+    return _plan.__wrapped__(tuple((name, *field) for name, field in fields.items()), tuple(metadata.items()))
 
 
 def parse(body: bytes | bytearray | memoryview | np.ndarray) -> tuple[Arrays, dict[str, str]]:
@@ -84,24 +117,35 @@ def parse(body: bytes | bytearray | memoryview | np.ndarray) -> tuple[Arrays, di
             the body exactly, one after the other.
     """
     data = np.frombuffer(body, np.uint8)
+    plan = _read_plan(_head(data), len(data))
+    return plan.views(data), dict(plan.metadata)
+
+
+def _head(data: np.ndarray) -> bytes:
+    """Length prefix and header of a body."""
     if len(data) < 8:
         raise MalformedMessage(f"a body of {len(data)} bytes is too short for safetensors")
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise MalformedMessage(f"a header of {length} bytes does not fit in a body of {len(data)} bytes")
-    fields, metadata = _read_header(data[8 : 8 + length].tobytes())
-    arrays: Arrays = {}
-    offset = 8 + length
+    return data[: 8 + length].tobytes()
+
+
+def _read_plan(head: bytes, size: int) -> BodyPlan:
+    fields, metadata = _read_header(head[8:])
+    places = []
+    offset = len(head)
     for name, dtype, shape, begin, end in sorted(fields, key=lambda field: (field[3], field[4])):
-        size = math.prod(shape) * dtype.itemsize
-        if begin != offset - 8 - length or end - begin != size or 8 + length + end > len(data):
+        length = math.prod(shape) * dtype.itemsize
+        if begin != offset - len(head) or end - begin != length or len(head) + end > size:
             raise MalformedMessage(
                 f"array {name!r} of shape {shape} does not lie at bytes {begin} to {end} of this body"
             )
-        arrays[name], offset = _view(data, offset, dtype, shape)
-    if offset != len(data):
-        raise MalformedMessage(f"{len(data) - offset} bytes of the body belong to no array")
-    return arrays, metadata
+        places.append((name, dtype, shape, offset))
+        offset += length
+    if offset != size:
+        raise MalformedMessage(f"{size - offset} bytes of the body belong to no array")
+    return BodyPlan(np.frombuffer(head, np.uint8), size, tuple(places), metadata)
 
 
 def _read_header(text: bytes) -> tuple[list[tuple[str, np.dtype[Any], Shape, int, int]], dict[str, str]]:
@@ -159,21 +203,36 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
     Raises:
         MalformedMessage: an array is absent, of another dtype, or disagrees with the others in rows, k or temperatures.
     """
-    arrays, metadata = parse(body)
+    data = np.frombuffer(body, np.uint8)
+    head = _head(data)
+    read = _read_rows if len(head) <= KEPT_HEADER_BYTES else _read_rows.__wrapped__
+    plan, temperatures = read(head, len(data))
+    arrays = plan.views(data)
+    if "present" in arrays and arrays["present"].view(np.uint8).max(initial=0) > 1:
+        raise MalformedMessage("the body does not hold soft labels: present holds bytes that are neither 0 nor 1")
+    if (splits := arrays.get("row_splits")) is not None:
+        rows = len(arrays["indices"])
+        if splits[0] != 0 or splits[-1] != rows or bool((np.diff(splits) < 0).any()):
+            raise MalformedMessage(f"the body does not hold soft labels: its row_splits do not split {rows:,} rows")
+    return SoftLabels(**arrays, temperatures=temperatures, digest=plan.metadata.get("digest") or None)
+
+
+@lru_cache(maxsize=PLANS)
+def _read_rows(head: bytes, size: int) -> tuple[BodyPlan, tuple[float, ...]]:
+    """The plan of a body of rows, and their temperatures; whatever can be told without the arrays is checked."""
+    plan = _read_plan(head, size)
+    found = {name: (dtype.name, shape) for name, dtype, shape, _ in plan.places}
     try:
-        temperatures = tuple(float(value) for value in json.loads(metadata["temperatures"]))
-        (rows, k), examples = arrays["indices"].shape, len(arrays["fingerprint"])
-        index_dtype, dtype = arrays["indices"].dtype.name, arrays["logits"].dtype.name
-        spec = RowSpec(k, index_dtype, dtype, temperatures, "row_splits" in arrays, "target" in arrays)
-        found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-        expected = spec.fields(rows, examples, present="present" in arrays)
+        temperatures = tuple(float(value) for value in json.loads(plan.metadata["temperatures"]))
+        (index_dtype, (rows, k)), (dtype, _), (_, (examples,)) = (
+            found[name] for name in ("indices", "logits", "fingerprint")
+        )
+        spec = RowSpec(k, index_dtype, dtype, temperatures, "row_splits" in found, "target" in found)
+        expected = spec.fields(rows, examples, present="present" in found)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MalformedMessage(f"the body does not hold soft labels: {error}") from None
     if spec.index_dtype not in ("uint16", "uint32") or spec.dtype not in ("float16", "float32") or found != expected:
         raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")
-    if "present" in arrays and arrays["present"].view(np.uint8).max(initial=0) > 1:
-        raise MalformedMessage("the body does not hold soft labels: present holds bytes that are neither 0 nor 1")
-    splits = arrays.get("row_splits", np.arange(rows + 1))
-    if len(splits) != examples + 1 or splits[0] != 0 or splits[-1] != rows or bool((np.diff(splits) < 0).any()):
-        raise MalformedMessage(f"the body does not hold soft labels: its row_splits do not split {rows:,} rows")
-    return SoftLabels(**arrays, temperatures=temperatures, digest=metadata.get("digest") or None)
+    if not spec.ragged and rows != examples:
+        raise MalformedMessage(f"the body does not hold soft labels: {rows:,} rows of {examples:,} examples")
+    return plan, temperatures

@@ -6,8 +6,9 @@ from typing import Any
 from logitcache.labels.errors import InvalidRequest, UnknownView
 from logitcache.labels.identity import Identity
 from logitcache.labels.ids import Ids, as_ids, check_kind
-from logitcache.labels.label_set import Limits, row_spec
+from logitcache.labels.label_set import Limits
 from logitcache.labels.ranges import Ranges, as_ranges
+from logitcache.labels.soft_labels import RowSpec
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Asked:
 def asked_for(
     name: str,
     identity: Identity,
+    spec: RowSpec,
     limits: tuple[Limits, ...],
     ids: Any,
     rows: Any,
@@ -39,7 +41,6 @@ def asked_for(
     """
     wanted = as_ids(ids)
     check_kind(wanted, identity.ids, name)
-    spec = row_spec(identity)
     for each in limits:
         each.check(spec, len(wanted), rows=0)
     if isinstance(view, bool) or not isinstance(view, int) or not 0 <= view < identity.views:

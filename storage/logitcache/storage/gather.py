@@ -17,22 +17,24 @@ def runs(first: Int64[np.ndarray, " examples"], splits: Int64[np.ndarray, " spli
     return rows
 
 
-def gather_rows(stored: Arrays, spec: RowSpec, rows: Int64[np.ndarray, " rows"], into: Arrays) -> None:
-    """Copy these rows of the stored arrays into the fields of an answer that are one a row."""
+def gather_rows(
+    stored: Arrays, spec: RowSpec, rows: Int64[np.ndarray, " rows"], into: Arrays | None = None
+) -> dict[str, np.ndarray]:
+    """The fields of an answer that are one a row, copied out of the stored arrays: new arrays, or ``into`` those."""
+    into = into or {}
     # Bounds are checked already; with mode="raise" NumPy would gather into a buffer first.
-    for name in ("indices", "logits", "tokens", "target"):
-        if name in into:
-            np.take(stored[name], rows, 0, into[name], mode="clip")
-    scalars = np.take(stored["scalars"], rows, 0, mode="clip")
-    into["logit_max"][:] = scalars[:, 0]
-    into["tail_logsumexp"][:] = scalars[:, 1 : 1 + len(spec.temperatures)]
-    if spec.targets:
-        into["target_logit"][:] = scalars[:, -1]
+    found = {name: stored[name].take(rows, 0, into.get(name), "clip") for name in spec.arrays}
+    scalars = stored["scalars"].take(rows, 0, None, "clip")
+    for name, column in spec.scalars.items():
+        found[name] = scalars[:, column]
+        if into:
+            into[name][...] = found[name]
+            found[name] = into[name]
+    return found
 
 
 def mark_missing(arrays: Arrays, served: Bool[np.ndarray, " examples"]) -> None:
-    """Say which examples have labels; what stands in the rows of those without can be trained on by nobody."""
-    arrays["present"][:] = served
+    """Make of the rows of examples without labels what nobody can train on."""
     arrays["fingerprint"][~served] = 0
     if "row_splits" in arrays:
         return

@@ -4,7 +4,8 @@ Fetching is: ids to rows, are those rows served, one ``np.take`` an array straig
 look whether a shard was withdrawn meanwhile. It imports neither the Zarr library nor torch.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from logitcache.labels.label_set import LABELLED, UNKNOWN, UNLABELLED, Descripti
 from logitcache.labels.label_set import Shards as ShardCounts
 from logitcache.labels.missing import rows_missing
 from logitcache.labels.ranges import check_ranges
-from logitcache.labels.soft_labels import Shape, SoftLabels, splits_of
+from logitcache.labels.soft_labels import SoftLabels, splits_of
 from logitcache.storage.asked import Asked, asked_for
 from logitcache.storage.gather import gather_rows, mark_missing, runs
 from logitcache.storage.layout import TEXTS, Layout
+from logitcache.storage.paging import Paging
 from logitcache.storage.places import Places
 from logitcache.storage.records import Generation
 from logitcache.storage.shards import ShardReport, Shards, Verify
@@ -41,7 +43,8 @@ from logitcache.storage.store import is_folder, names_in
 ADMISSIONS = 3
 """Tries to have shards admitted that another process withdraws and repairs at the same moment."""
 
-Fields = Mapping[str, tuple[str, Shape]]
+Allocate = Callable[[int, str | None], dict[str, np.ndarray]]
+"""Arrays to gather into, by field, for so many rows of a digest."""
 
 
 class LocalLabelSet:
@@ -81,6 +84,7 @@ class LocalLabelSet:
         self._shards = Shards(Places(self.path), verify, scrub_s)
         self._identity, self._spec = self.layout.identity, self.layout.row_spec
         self._retained: dict[str, RetainedMass] = {}
+        self._paging = Paging()
 
     @property
     def layout(self) -> Layout:
@@ -133,62 +137,66 @@ class LocalLabelSet:
         ``limits`` hold for this fetch beside the label set's own, for who can take less than those allow.
         """
         asked = self._asked(ids, rows, view, digest, on_missing, limits)
-        arrays, found = self._fetch(asked, _empty)
+        arrays, found = self._fetch(asked, None)
         return SoftLabels(**arrays, temperatures=self._spec.temperatures, digest=found)
 
     def fetch_body(
         self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> tuple[UInt8[np.ndarray, " bytes"], str | None]:
         """The same as one safetensors body, gathered straight into it, and the digest; `wire.decode_rows` reads it."""
+        asked = self._asked(ids, rows, view, digest, on_missing)
         body: list[np.ndarray] = []
 
-        def allocate(fields: Fields, found: str | None) -> dict[str, np.ndarray]:
-            buffer, views = wire.allocate(fields, wire.row_metadata(self._spec.temperatures, found))
+        def allocate(rows: int, found: str | None) -> dict[str, np.ndarray]:
+            buffer, views = wire.rows_plan(self._spec, rows, len(asked.ids), asked.masked, found).allocate()
             body[:] = [buffer]
             return views
 
-        _, served = self._fetch(self._asked(ids, rows, view, digest, on_missing), allocate)
+        _, served = self._fetch(asked, allocate)
         return body[0], served
 
     def states(self, ids: Any, *, digest: str | None = None) -> UInt8[np.ndarray, " ids"]:
         """For each id `LABELLED`, `UNLABELLED` or `UNKNOWN`; see `labels.label_set.LabelSet.states`."""
         asked = self._asked(ids, None, 0, digest, "mask")
-        place = self._place(asked, self._current())
+        place, looked = self._place(asked, self._current())
         committed = np.zeros(place.state.layout.shards, bool)
         committed[[*place.state.commits]] = True
-        labelled = place.inside & committed[place.shards]
-        states: np.ndarray = np.where(labelled, LABELLED, np.where(place.known, UNLABELLED, UNKNOWN)).astype(np.uint8)
+        labelled = looked.inside & committed[place.shards]
+        states: np.ndarray = np.where(labelled, LABELLED, np.where(looked.known, UNLABELLED, UNKNOWN)).astype(np.uint8)
         return states
 
     def _asked(
         self, ids: Any, rows: Any, view: int, digest: str | None, on_missing: str, limits: Limits | None = None
     ) -> Asked:
         allowed = (self._limits,) if limits is None else (self._limits, limits)
-        return asked_for(self.name, self._identity, allowed, ids, rows, view, digest, on_missing)
+        return asked_for(self.name, self._identity, self._spec, allowed, ids, rows, view, digest, on_missing)
 
-    def _fetch(
-        self, asked: Asked, allocate: Callable[[Fields, str | None], dict[str, np.ndarray]]
-    ) -> tuple[dict[str, np.ndarray], str | None]:
+    def _fetch(self, asked: Asked, allocate: Allocate | None) -> tuple[dict[str, np.ndarray], str | None]:
         while True:
-            place = self._place(asked, self._admitted(asked))
-            state, served = place.state, place.served
-            if not asked.masked and not served.all():
-                raise self._missing(asked.ids, place)
-            found = place.digest
-            if self._spec.ragged:
-                arrays = self._gather_ragged(asked, place, allocate)
-            else:
-                arrays = allocate(self._spec.fields(len(served), len(served), present=asked.masked), found)
-                gather_rows(self._shards.rows, self._spec, place.slots, arrays)
-            np.take(self._shards.rows["fingerprint"][:, asked.view], place.slots, 0, arrays["fingerprint"], mode="clip")
-            if asked.masked:
-                mark_missing(arrays, served)
+            place = self._at_once(asked, self._current()) or self._place(asked, self._admitted(asked))[0]
+            served = slice(None) if place.looked is None else place.looked.served
+            if place.looked is not None and not asked.masked and not place.looked.served.all():
+                raise self._missing(asked.ids, place, place.looked)
+            arrays = self._gather(asked, place, allocate)
             # Whatever was withdrawn or replaced while rows were copied is asked for again.
-            now, shards = self._shards.state, place.shards[served]
-            if now is state or np.array_equal(now.version[shards], state.version[shards]):
-                return arrays, found
+            now, state = self._shards.state, place.state
+            if now is state or np.array_equal(*(each.version[place.shards[served]] for each in (now, state))):
+                return arrays, place.digest
 
-    def _place(self, asked: Asked, state: State) -> "_Place":
+    def _at_once(self, asked: Asked, state: State) -> "_Place | None":
+        """Where these examples are if all are served, as nearly always; None where there is more to find out or to
+        tell, which is `_place`'s to do.
+        """
+        newest = state.newest
+        if not state.all_served or asked.masked or asked.digest not in (None, newest and newest.digest):
+            return None
+        ordinals, _ = self._shards.ordinals(asked.ids)
+        # Read as unsigned, -1 is above any number of examples.
+        if int(ordinals.view(np.uint64).max()) >= (newest or state.layout).examples:
+            return None
+        return _Place(state, newest, state.layout.example_slots(ordinals))
+
+    def _place(self, asked: Asked, state: State) -> "tuple[_Place, _Looked]":
         """Where the examples asked for are, and which of them can be served, in this state."""
         generation = self._generation(state, asked.digest)
         layout = state.layout
@@ -203,7 +211,8 @@ class LocalLabelSet:
             self._refuse_changed(generation, state, np.unique(shards[inside]))
         if not known_for_sure:
             known = known | (ordinals < 0)
-        return _Place(state, generation, known, inside, served, slots, shards)
+        looked = _Looked(known, inside, served)
+        return _Place(state, generation, slots, looked), looked
 
     def _generation(self, state: State, digest: str | None) -> Generation | None:
         """The generation that is asked for, or the newest; None while building for the first time."""
@@ -237,8 +246,8 @@ class LocalLabelSet:
         for _ in range(ADMISSIONS):
             if state.all_served:
                 break
-            place = self._place(asked, state)
-            waiting = np.unique(place.shards[place.inside & ~place.served]).tolist()
+            place, looked = self._place(asked, state)
+            waiting = np.unique(place.shards[looked.inside & ~looked.served]).tolist()
             waiting = [shard for shard in waiting if shard in state.commits]
             if not waiting:
                 break
@@ -254,42 +263,59 @@ class LocalLabelSet:
             raise DigestChanged(f"the label set {self.name!r} was removed or replaced while it was open: open it again")
         return state
 
-    def _gather_ragged(
-        self, asked: Asked, place: "_Place", allocate: Callable[[Fields, str | None], dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
+    def _gather(self, asked: Asked, place: "_Place", allocate: Allocate | None) -> dict[str, np.ndarray]:
+        """The fields of an answer: new arrays, or what ``allocate`` gives for so many rows of a digest."""
+        stored, slots, cold = self._shards.rows, place.slots, self._paging.cold
+        if cold:
+            self._shards.will_need("example", slots)
+        first, splits = self._row_runs(asked, place) if self._spec.ragged else (slots, None)
+        rows = slots if splits is None else runs(first, splits)
+        into = {} if allocate is None else allocate(len(rows), place.digest)
+        if cold:
+            self._shards.will_need("row", first, 1 if splits is None else np.diff(splits))
+        began = time.perf_counter()
+        arrays = gather_rows(stored, self._spec, rows, into)
+        self._paging.note(time.perf_counter() - began, len(rows) * self._spec.row_bytes)
+        arrays["fingerprint"] = stored["fingerprint"][:, asked.view].take(slots, 0, into.get("fingerprint"), "clip")
+        if splits is not None:
+            arrays["row_splits"] = _put(splits, into.get("row_splits"))
+        if asked.masked and place.looked is not None:
+            mark_missing(arrays, place.looked.served)
+            arrays["present"] = _put(place.looked.served, into.get("present"))
+        return arrays
+
+    def _row_runs(self, asked: Asked, place: "_Place") -> tuple[np.ndarray, np.ndarray]:
+        """Of a causal label set: where the rows of each example begin, and ``row_splits``."""
         stored, slots_per_shard = self._shards.rows, place.state.layout.rows_per_shard
-        starts = np.take(stored["row_start"], place.slots, mode="clip").astype(np.int64)
-        counts = np.take(stored["row_count"], place.slots, mode="clip").astype(np.int64)
-        if place.served.any() and int((starts + counts)[place.served].max()) > slots_per_shard:
+        starts = stored["row_start"].take(place.slots, mode="clip").astype(np.int64)
+        counts = stored["row_count"].take(place.slots, mode="clip").astype(np.int64)
+        served = np.ones(len(counts), np.bool_) if place.looked is None else place.looked.served
+        if served.any() and int((starts + counts)[served].max()) > slots_per_shard:
             raise ShardDamaged(
                 f"rows of {self.name!r} lie outside their shard, and were committed so: precompute it anew under "
                 "another name, and do not use these labels"
             )
-        counts[~place.served] = 0
+        counts[~served] = 0
         if asked.ranges is not None:
-            served = np.flatnonzero(place.served)
-            check_ranges(asked.ranges[served], counts[served], asked.ids, self.name, served)
-            starts = starts + asked.ranges[:, 0]
-            counts = np.where(place.served, asked.ranges[:, 1] - asked.ranges[:, 0], 0)
+            here = np.flatnonzero(served)
+            check_ranges(asked.ranges[here], counts[here], asked.ids, self.name, here)
+            starts += asked.ranges[:, 0]
+            counts = np.where(served, asked.ranges[:, 1] - asked.ranges[:, 0], 0)
         splits = splits_of(counts)
-        rows, examples = int(splits[-1]), len(counts)
         for limits in asked.limits:
-            limits.check(self._spec, examples, rows)
-        arrays = allocate(self._spec.fields(rows, examples, present=asked.masked), place.digest)
-        arrays["row_splits"][:] = splits
-        gather_rows(stored, self._spec, runs(place.shards * slots_per_shard + starts, splits), arrays)
-        return arrays
+            limits.check(self._spec, len(counts), int(splits[-1]))
+        return place.shards * slots_per_shard + starts, splits
 
-    def _missing(self, ids: Ids, place: "_Place") -> RowsMissing:
-        unlabelled = place.known & ~place.served
-        damaged = sorted(set(place.shards[unlabelled & place.inside].tolist()) & self._shards.damaged().keys())
+    def _missing(self, ids: Ids, place: "_Place", looked: "_Looked") -> RowsMissing:
+        unlabelled = looked.known & ~looked.served
+        damaged = sorted(set(place.shards[unlabelled & looked.inside].tolist()) & self._shards.damaged().keys())
         examples = place.state.layout.examples if place.generation is None else place.generation.examples
         return rows_missing(
             self.name,
             self._identity.ids,
             examples,
             asked=len(ids.at(slice(None))),
-            unknown=ids.at(~place.known),
+            unknown=ids.at(~looked.known),
             unlabelled=ids.at(unlabelled),
             reason=f"shards withdrawn as damaged: {shown(damaged)}" if damaged else "not labelled yet",
         )
@@ -314,20 +340,32 @@ class LocalLabelSet:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where examples are, in one state. Arrays have an entry an id asked for.
+class _Looked:
+    """What was found out about examples that are not all served at once. Arrays have an entry an id asked for.
 
-    ``known`` examples belong to the label set, or may; those ``inside`` belong to ``generation``; those ``served`` have
-    their shard mapped. ``slots`` and ``shards`` hold for those inside.
+    ``known`` examples belong to the label set, or may; those ``inside`` belong to the generation asked for; those
+    ``served`` have their shard mapped.
     """
 
-    state: State
-    generation: Generation | None
     known: np.ndarray
     inside: np.ndarray
     served: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where examples are, in one state: their slots, which hold for those inside. Without ``looked`` all are served."""
+
+    state: State
+    generation: Generation | None
     slots: np.ndarray
-    shards: np.ndarray
+    looked: _Looked | None = None
+
+    @property
+    def shards(self) -> np.ndarray:
+        """Which shard each example is in."""
+        shards: np.ndarray = self.slots // self.state.layout.examples_per_shard
+        return shards
 
     @property
     def digest(self) -> str | None:
@@ -335,5 +373,8 @@ class _Place:
         return self.generation.digest if self.generation else None
 
 
-def _empty(fields: Fields, _digest: str | None) -> dict[str, np.ndarray]:
-    return {name: np.empty(shape, dtype) for name, (dtype, shape) in fields.items()}
+def _put(values: np.ndarray, into: np.ndarray | None) -> np.ndarray:
+    if into is None:
+        return values
+    into[...] = values
+    return into

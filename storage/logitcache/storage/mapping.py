@@ -9,9 +9,11 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
 from logitcache.labels.errors import StorageFault
 
@@ -19,6 +21,13 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAPS_FILES = sys.platform == "linux" and 4096 % mmap.PAGESIZE == 0
 """Chunk files are whole 4 KiB pages. With larger pages, or another system's constants, they are read in instead."""
+
+_HUGE_PAGE = 1 << 21
+"""Addresses begin at a multiple of this, so that the kernel can map 2 MiB of a file at once where a chunk file has as
+many (measured: half the time for random rows out of 4 M)."""
+
+_MOST_RANGES = 1024
+"""Ranges that one call of ``process_madvise`` takes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -37,10 +46,13 @@ class MappedArray:
         protection = mmap.PROT_READ if _MAPS_FILES else mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
         try:
-            self._range = mmap.mmap(-1, chunks * chunk_bytes, flags=flags, prot=protection)
+            self._range = mmap.mmap(-1, chunks * chunk_bytes + _HUGE_PAGE, flags=flags, prot=protection)
         except (OSError, OverflowError, ValueError) as error:
             raise StorageFault(f"cannot reserve {chunks * chunk_bytes:,} bytes of address space: {error}") from error
-        self._bytes = np.frombuffer(self._range, np.uint8)
+        whole = np.frombuffer(self._range, np.uint8)
+        begin = -whole.ctypes.data % _HUGE_PAGE
+        self._bytes = whole[begin : begin + chunks * chunk_bytes]
+        self._address = self._bytes.ctypes.data
         self.rows = self._bytes.view(dtype).reshape(-1, *row_shape)
         if self.rows.flags.writeable:
             self.rows.flags.writeable = False
@@ -57,7 +69,7 @@ class MappedArray:
                 os.pread(handle, self._chunk_bytes, 0), np.uint8
             )
             return
-        address = self._bytes.ctypes.data + start
+        address = self._address + start
         placed = _libc.mmap(address, self._chunk_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, handle, 0)
         if placed != address:
             code = ctypes.get_errno()
@@ -69,3 +81,31 @@ class MappedArray:
         # Rows are asked for in random order: reading ahead would fetch a hundred pages for one
         # (measured: 650 ms with it and 70 ms without, for 1,024 cold rows).
         _libc.madvise(address, self._chunk_bytes, mmap.MADV_RANDOM)
+
+    def pages(
+        self, first: Int64[np.ndarray, " runs"], counts: Int64[np.ndarray, " runs"] | int
+    ) -> UInt64[np.ndarray, "runs 2"]:
+        """Address and length of the pages that hold ``counts`` rows from each of the ``first`` ones."""
+        row_bytes = self.rows.strides[0]
+        begin = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        end = -((first + counts) * row_bytes // -mmap.PAGESIZE) * mmap.PAGESIZE
+        return np.stack([begin + self._address, end - begin], axis=1).astype(np.uint64)
+
+
+def will_need(pages: Iterable[UInt64[np.ndarray, "runs 2"]]) -> None:
+    """Have the kernel read these pages from the disk, all at once and without waiting for them.
+
+    It is advice: where it is refused, the pages are read one by one as they are touched.
+    """
+    ranges = np.ascontiguousarray(np.concatenate(list(pages)))
+    if not _MAPS_FILES or not hasattr(_libc, "process_madvise"):
+        return
+    itself = os.pidfd_open(os.getpid())
+    try:
+        for begin in range(0, len(ranges), _MOST_RANGES):
+            some = ranges[begin : begin + _MOST_RANGES]
+            _libc.process_madvise(
+                itself, some.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(len(some)), mmap.MADV_WILLNEED, 0
+            )
+    finally:
+        os.close(itself)

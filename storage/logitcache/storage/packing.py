@@ -12,7 +12,7 @@ from logitcache.labels.errors import DatasetFault, InvalidRequest
 QUANTUM = 4096
 """Slots of a shard are a multiple of this: every chunk file is whole 4 KiB pages, whatever its columns."""
 
-DEFAULT_ROWS_PER_SHARD = 4 * QUANTUM
+DEFAULT_ROWS_PER_SHARD = 8 * QUANTUM
 """Row slots of a shard unless told: small enough that a kill costs little, large enough that fsyncs do not count."""
 
 COMFORTABLE_SHARDS = 4_000

@@ -26,7 +26,7 @@ from logitcache.storage.lock import WriterLock
 from logitcache.storage.looking import Found, Signature, commit_key, group_key, grown_layout, look
 from logitcache.storage.looking import signature as look_at
 from logitcache.storage.manifest import read_layout
-from logitcache.storage.mapping import MappedArray
+from logitcache.storage.mapping import MappedArray, will_need
 from logitcache.storage.packing import MOST_SHARDS
 from logitcache.storage.places import Places
 from logitcache.storage.records import Commit
@@ -160,6 +160,13 @@ class Shards:
             self._condemned.pop(shard, None)
         self._keys = found.keys
         self.state = State(layout, found.generations, found.commits, version).settled()
+
+    def will_need(self, per: Literal["example", "row"], first: np.ndarray, counts: np.ndarray | int = 1) -> None:
+        """Have pages read from the disk: of all arrays with one entry an example, or a row, those that hold ``counts``
+        entries from each of the ``first`` ones.
+        """
+        wanted = [name for name, array in self.state.layout.arrays.items() if array.per == per and name != "ids"]
+        will_need(self._arrays[name].pages(first, counts) for name in wanted)
 
     def ordinals(self, ids: Ids) -> tuple[Int64[np.ndarray, " ids"], bool]:
         """Ordinals of these ids, -1 where none is known; and whether what is not known is surely not in the label set.

@@ -33,7 +33,7 @@ def fetch_rows(label_set: LocalLabelSet, ids: Any, **options: Any) -> SoftLabels
     ids = as_ids(ids)
     _check_size(len(ids), "ids")
     spec = label_set.layout.row_spec
-    limits = Limits(MAX_JSON_ROWS, MAX_JSON_ROWS * spec.row_bytes + len(ids) * spec.example_bytes)
+    limits = Limits(MAX_JSON_ROWS, spec.nbytes(MAX_JSON_ROWS, len(ids)))
     try:
         return label_set.fetch(ids, limits=limits, **options)
     except TooManyRows as error:
