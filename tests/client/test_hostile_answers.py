@@ -10,6 +10,7 @@ import pytest
 from tests.client.rows import dense_logits, description, truncated
 
 from logitcache.client import HttpLabelSet
+from logitcache.client.httpx_transport import HttpxTransport
 from logitcache.labels import wire
 from logitcache.labels.errors import DigestChanged, LogitcacheError, MalformedMessage, RowsMissing, TooManyRows
 from logitcache.labels.label_set import Description, Limits
@@ -44,7 +45,8 @@ def reader(answer: bytes, described: Description = DESCRIBED, status: int = 200)
         kind = wire.MEDIA_TYPE if status == 200 else MEDIA_TYPE
         return httpx.Response(status, content=answer, headers={"Content-Type": kind})
 
-    return HttpLabelSet("http://x", described.name, transport=httpx.MockTransport(respond), retries=0)
+    transport = HttpxTransport("http://x", httpx.MockTransport(respond))
+    return HttpLabelSet("http://x", described.name, transport=transport, retries=0)
 
 
 def test_the_answer_that_is_right_is_taken() -> None:
@@ -123,7 +125,7 @@ def test_a_description_of_a_newer_server_with_more_members_is_read() -> None:
 
 
 def test_the_description_of_another_label_set_is_refused() -> None:
-    other = HttpLabelSet("http://x", "other", transport=reader(b"")._client._transport, retries=0)
+    other = HttpLabelSet("http://x", "other", transport=reader(b"")._transport, retries=0)
     with pytest.raises(MalformedMessage, match="describes"):
         other.describe()
 

@@ -15,6 +15,7 @@ from tests.client.faulty_server import Exchange, FaultyServer, answering, busy
 from tests.client.rows import DIGEST, picked
 
 from logitcache.client import HttpLabelSet
+from logitcache.client.httpx_transport import HttpxTransport
 from logitcache.client.retrying import seconds_to_wait
 from logitcache.client.stats import Tally
 from logitcache.labels import wire
@@ -293,7 +294,8 @@ def test_another_transport_can_be_put_in_place_of_the_network() -> None:
         return httpx.Response(404, json={"code": "label-set-not-found", "detail": "none"})
 
     with pytest.raises(LabelSetNotFound, match="none"):
-        HttpLabelSet("http://nowhere", "digits", transport=httpx.MockTransport(respond)).describe()
+        transport = HttpxTransport("http://nowhere", httpx.MockTransport(respond))
+        HttpLabelSet("http://nowhere", "digits", transport=transport).describe()
 
 
 def test_threads_share_one_reader(reader: Readers, server: FaultyServer, soft: SoftLabels) -> None:

@@ -1,5 +1,6 @@
 """How many examples the HTTP reader asks for at once, where only the server knows how many rows they have."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tests.client.rows import DIGEST, dense_logits, description, truncated
 
 from logitcache.client import HttpLabelSet
+from logitcache.client.httpx_transport import HttpxTransport
 from logitcache.labels import problem, wire
 from logitcache.labels.errors import DigestChanged, LogitcacheError, RangeOutside, RowsMissing, TooManyRows
 from logitcache.labels.label_set import Limits
@@ -71,7 +73,11 @@ def server() -> Server:
 
 @pytest.fixture
 def reader(server: Server) -> HttpLabelSet:
-    return HttpLabelSet("http://x", CAUSAL.name, transport=httpx.MockTransport(server), retries=0)
+    return HttpLabelSet("http://x", CAUSAL.name, transport=over(server), retries=0)
+
+
+def over(server: Callable[[httpx.Request], httpx.Response]) -> HttpxTransport:
+    return HttpxTransport("http://x", httpx.MockTransport(server))
 
 
 def assert_whole(soft: Any, ids: list[int]) -> None:
@@ -117,7 +123,7 @@ def test_an_answer_of_many_rows_an_example_may_be_as_large_as_the_limit(server: 
     rows = 2 * wire.MAX_HEADER_BYTES // CAUSAL.row_spec.row_bytes
     described = replace(CAUSAL, limits=Limits(ids=64, response_bytes=(rows + 1) * CAUSAL.row_spec.row_bytes))
     server.described, server.long_rows = described, rows
-    reader = HttpLabelSet("http://x", CAUSAL.name, transport=httpx.MockTransport(server), retries=0)
+    reader = HttpLabelSet("http://x", CAUSAL.name, transport=over(server), retries=0)
     assert len(reader.fetch([10])) == rows
 
 

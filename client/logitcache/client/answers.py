@@ -88,7 +88,7 @@ def check_digest(soft: SoftLabels, digest: str | None, url: str) -> None:
         )
 
 
-def decode_states(body: bytearray, ids: int, url: str) -> UInt8[np.ndarray, " ids"]:
+def decode_states(body: memoryview, ids: int, url: str) -> UInt8[np.ndarray, " ids"]:
     """The states in the answer to a question about so many ids; see `LabelSet.states`.
 
     Raises:

@@ -1,13 +1,10 @@
 """A deadline: the total time that one call may take, retries included.
 
-It knows only the clock. The transport asks `current` at every read and write, so that a server that sends one byte a
+It knows only the clock. The transport asks it before every read and write, so that a server that sends one byte a
 second cannot stretch a call: the timeouts of HTTP libraries begin anew with each byte.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 from logitcache.labels.errors import InvalidRequest
 
@@ -32,20 +29,3 @@ class Deadline:
     def remaining_s(self) -> float:
         """Seconds that are left; 0 when it is over."""
         return max(0.0, self._end_s - time.monotonic())
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Make this the deadline that `current` gives in this thread."""
-        token = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
-
-
-_CURRENT: ContextVar[Deadline | None] = ContextVar("logitcache_deadline", default=None)
-
-
-def current() -> Deadline | None:
-    """The deadline of the call that this thread is in, if any."""
-    return _CURRENT.get()

@@ -7,17 +7,24 @@ anyone uses it. It knows routes and media types, and nothing of torch or of file
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
 import numpy as np
 from jaxtyping import UInt8
 
 from logitcache.client.answers import check_digest, check_rows, decode_states
 from logitcache.client.deadline import Deadline
 from logitcache.client.part_errors import all_missing, all_outside, with_texts
-from logitcache.client.response import JSON, check_answer, parse_json, read_body
+from logitcache.client.response import JSON, check_answer, parse_json
 from logitcache.client.retrying import ask
 from logitcache.client.stats import Tally
-from logitcache.client.transport import DeadlineTransport
+from logitcache.client.transport import (
+    MAX_TEXT_BYTES,
+    AnswerLate,
+    AnswerTooLong,
+    ConnectFailed,
+    ConnectionBroke,
+    DirectTransport,
+    Transport,
+)
 from logitcache.labels import problem, wire
 from logitcache.labels.errors import (
     DeadlineExceeded,
@@ -34,9 +41,6 @@ from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import Description, OnMissing
 from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import SoftLabels, concatenate
-
-MAX_TEXT_BYTES = 16 << 20
-"""A description or a problem above this is refused; a problem that names 65,536 missing ids takes about 3 MB."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class HttpLabelSet:
         name: the label set's name.
         timeout_s: total seconds that one call may take, retries and parts included.
         retries: attempts after the first; None means as many as fit into ``timeout_s``.
-        transport: replaces the network, for tests.
+        transport: in place of connections of its own; `httpx_transport.HttpxTransport` makes one of any of httpx.
         tally: where requests and retries are counted.
     """
 
@@ -74,7 +78,7 @@ class HttpLabelSet:
         *,
         timeout_s: float = 60.0,
         retries: int | None = None,
-        transport: httpx.BaseTransport | None = None,
+        transport: Transport | None = None,
         tally: Tally | None = None,
     ) -> None:
         if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
@@ -82,18 +86,15 @@ class HttpLabelSet:
                 f"retries={retries!r} is no count: give 0 for none, or None for as many as time allows"
             )
         self.base_url, self.name = base_url, name
+        self._path = f"/v1/label-sets/{name}"
+        self.url = base_url + self._path
+        """The address of the label set's description."""
         self._timeout_s, self._retries = timeout_s, retries
         self._tally = tally or Tally()
         self._described: Description | None = None
         self._examples_a_part: int | None = None
-        if transport is None:
-            transport = DeadlineTransport(httpx.create_ssl_context() if base_url.startswith("https:") else None)
-        self._client = httpx.Client(transport=transport, headers={"Accept-Encoding": "identity"}, trust_env=False)
-
-    @property
-    def url(self) -> str:
-        """The address of the label set's description."""
-        return f"{self.base_url}/v1/label-sets/{self.name}"
+        self._transport = transport or _own_transport(base_url)
+        self._closed = False
 
     def describe(self) -> Description:
         """What the label set is and how far it is, as of now."""
@@ -120,7 +121,7 @@ class HttpLabelSet:
 
     def states(self, ids: Any, *, digest: str | None = None) -> UInt8[np.ndarray, " ids"]:
         """For each id `LABELLED`, `UNLABELLED` or `UNKNOWN`, as `LabelSet.states`; many ids travel in parts."""
-        wanted, deadline, url = as_ids(ids), Deadline(self._timeout_s), f"{self.url}/missing"
+        wanted, deadline = as_ids(ids), Deadline(self._timeout_s)
         described = self._known(deadline)
         check_kind(wanted, described.identity.ids, self.name)
         size = described.limits.examples_a_fetch(described.row_spec)
@@ -129,18 +130,17 @@ class HttpLabelSet:
             part = wanted[begin : begin + size]
             request = wire.encode_ids(part, digest=digest)
             most_bytes = len(part) + wire.MAX_HEADER_BYTES + 8
-            body = self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, deadline)
-            parts.append(decode_states(body, len(part), url))
+            body = self._exchange("POST", "/missing", request, wire.MEDIA_TYPE, most_bytes, deadline)
+            parts.append(decode_states(body, len(part), f"{self.url}/missing"))
         return np.concatenate(parts)
 
     def close(self) -> None:
         """Close the connections; arrays that were fetched stay valid."""
-        self._client.close()
+        self._closed = True
+        self._transport.close()
 
     def _describe(self, deadline: Deadline) -> Description:
-        description = Description.from_json(
-            parse_json(self._exchange("GET", self.url, None, JSON, MAX_TEXT_BYTES, deadline))
-        )
+        description = Description.from_json(parse_json(self._exchange("GET", "", None, JSON, MAX_TEXT_BYTES, deadline)))
         if description.name != self.name:
             raise MalformedMessage(f"{self.url} describes {description.name[:80]!r}: is that a logitcache server?")
         self._described = description
@@ -185,11 +185,11 @@ class HttpLabelSet:
         return concatenate(parts)
 
     def _fetch_part(self, part: _Fetch, digest: str | None) -> SoftLabels:
-        url, described = f"{self.url}/fetch", self._known(part.deadline)
+        described = self._known(part.deadline)
         most_bytes = self._most_bytes(part, described)
         request = wire.encode_ids(part.ids, part.ranges, view=part.view, digest=digest, on_missing=part.on_missing)
         try:
-            body = self._exchange("POST", url, request, wire.MEDIA_TYPE, most_bytes, part.deadline)
+            body = self._exchange("POST", "/fetch", request, wire.MEDIA_TYPE, most_bytes, part.deadline)
         except LogitcacheError as error:
             raise with_texts(error, part.ids) from error.__cause__
         soft = wire.decode_rows(body)
@@ -224,49 +224,55 @@ class HttpLabelSet:
             self._examples_a_part = 2 * soft.examples
 
     def _exchange(
-        self, method: str, url: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
-    ) -> bytearray:
-        """The body of a successful answer of the media type ``accept``; see `retrying.ask` for what is tried again."""
+        self, method: str, part: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
+    ) -> memoryview:
+        """The body of a successful answer of the media type ``accept``; see `retrying.ask` for what is tried again.
+
+        ``part`` follows the label set's own path.
+        """
         self._tally.count(requests=1)
         return ask(
-            lambda: self._attempt(method, url, content, accept, most_bytes, deadline),
-            url=url,
+            lambda: self._attempt(method, part, content, accept, most_bytes, deadline),
+            url=self.url + part,
             deadline=deadline,
             retries=self._retries,
             on_retry=lambda: self._tally.count(retries=1),
         )
 
     def _attempt(
-        self, method: str, url: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
-    ) -> bytearray:
+        self, method: str, part: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
+    ) -> memoryview:
+        url = self.url + part
         if not deadline.remaining_s:
             raise DeadlineExceeded(f"{url} was not asked: the {deadline.timeout_s:g} s allowed for the call are over")
-        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}"}
+        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}", "Accept-Encoding": "identity"}
         if content is not None:
             headers["Content-Type"] = accept
-        request = self._client.build_request(
-            method, url, content=content, headers=headers, timeout=httpx.Timeout(deadline.remaining_s)
-        )
         try:
-            with deadline.applied():
-                response = self._client.send(request, stream=True)
-                try:
-                    body = read_body(response, most_bytes if response.is_success else MAX_TEXT_BYTES, deadline)
-                finally:
-                    response.close()
+            answer = self._transport.exchange(method, self._path + part, headers, content, most_bytes, deadline)
         except RuntimeError as error:
-            if self._client.is_closed:
-                raise InvalidRequest(f"the connection to {self.url} was closed meanwhile: connect again") from error
+            if self._closed:
+                raise InvalidRequest(f"the connection to {self.url} was closed: connect again") from error
             raise
-        except httpx.ConnectError as error:
+        except ConnectFailed as error:
             raise ServerUnreachable(
                 f"cannot connect to {self.base_url}: {error}; is `logitcache serve` running there?"
             ) from error
-        except httpx.TimeoutException as error:
+        except AnswerLate as error:
             raise ServerUnreachable(f"{url} did not answer in time; is the server overloaded?") from error
-        except httpx.TransportError as error:
+        except ConnectionBroke as error:
             raise ServerUnreachable(
                 f"the connection to {self.base_url} broke: {error}; is `logitcache serve` still running there?"
             ) from error
-        check_answer(response, body, accept)
-        return body
+        except AnswerTooLong as error:
+            raise MalformedMessage(f"{url} sends {error}") from error
+        check_answer(answer, url, accept)
+        return answer.body
+
+
+def _own_transport(base_url: str) -> Transport:
+    if not base_url.startswith("https:"):
+        return DirectTransport(base_url)
+    import httpx  # for its choice of certificates alone
+
+    return DirectTransport(base_url, httpx.create_ssl_context())

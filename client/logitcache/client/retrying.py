@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random, wait_random_exponential
 
 from logitcache.client.deadline import Deadline
+from logitcache.client.transport import ConnectionBroke
 from logitcache.labels.errors import DeadlineExceeded, LogitcacheError
 
 FIRST_WAIT_S = 0.1
@@ -31,8 +31,6 @@ TELL_EVERY_S = 10.0
 _LOG = logging.getLogger("logitcache.client")
 _BACK_OFF = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
 _SPREAD = wait_random(0.0, FIRST_WAIT_S)
-_BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
-
 Answer = TypeVar("Answer")
 
 
@@ -49,10 +47,26 @@ def ask(
     A connection that broke is tried again at once the first time: most likely the server had closed it while it was
     idle.
 
+    The machinery of retries is set up after the first attempt failed: it takes longer than a batch does.
+
     Raises:
         DeadlineExceeded: the time is over, or would be before the next attempt; chained to the last error.
         LogitcacheError: the last error, when it will not pass by itself or the retries are used up.
     """
+
+    try:
+        return attempt()
+    except LogitcacheError as error:
+        if not error.retry:
+            raise
+        first: LogitcacheError | None = error
+
+    def attempt_again() -> Answer:
+        nonlocal first
+        if first is not None:
+            error, first = first, None
+            raise error
+        return attempt()
 
     def give_up(state: RetryCallState) -> Answer:
         error = _error(state)
@@ -85,14 +99,14 @@ def ask(
         before_sleep=note,
         retry_error_callback=give_up,
     )
-    return policy(attempt)
+    return policy(attempt_again)
 
 
 def _wait_s(state: RetryCallState) -> float:
     error = _error(state)
     if error.retry_after_s is not None:
         return error.retry_after_s + _SPREAD(state)
-    if state.attempt_number == 1 and isinstance(error.__cause__, _BROKEN):
+    if state.attempt_number == 1 and isinstance(error.__cause__, ConnectionBroke):
         return 0.0
     return _BACK_OFF(state)
 

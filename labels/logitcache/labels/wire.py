@@ -117,7 +117,8 @@ def parse(body: bytes | bytearray | memoryview | np.ndarray) -> tuple[Arrays, di
             the body exactly, one after the other.
     """
     data = np.frombuffer(body, np.uint8)
-    plan = _read_plan(_head(data), len(data))
+    head = _head(data)
+    plan = (_kept_plan if len(head) <= KEPT_HEADER_BYTES else _read_plan)(head, len(data))
     return plan.views(data), dict(plan.metadata)
 
 
@@ -146,6 +147,9 @@ def _read_plan(head: bytes, size: int) -> BodyPlan:
     if offset != size:
         raise MalformedMessage(f"{size - offset} bytes of the body belong to no array")
     return BodyPlan(np.frombuffer(head, np.uint8), size, tuple(places), metadata)
+
+
+_kept_plan = lru_cache(maxsize=PLANS)(_read_plan)
 
 
 def _read_header(text: bytes) -> tuple[list[tuple[str, np.dtype[Any], Shape, int, int]], dict[str, str]]:
