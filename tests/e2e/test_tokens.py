@@ -180,7 +180,8 @@ def test_missing_names_ids_without_labels_once_each_in_order(
 def test_the_bytes_of_all_arrays_are_counted(labels: Labels, source: Reference) -> None:
     soft = labels.fetch(source.at(SOME))
     assert soft.target is not None
-    assert labels.stats.bytes == sum(array.nbytes for array in soft.arrays().values())
+    # All but the one entry that row_splits has more than there are examples.
+    assert labels.stats.bytes == sum(array.nbytes for array in soft.arrays().values()) - 8
     assert labels.stats.rows == source.row_counts[SOME].sum()
 
 

@@ -21,6 +21,7 @@ host = "127.0.0.2"
 port = 9000
 verify = "background"
 scrub_hours = 1
+log_level = "debug"
 auth = "none"
 
 [teachers.resnet]
@@ -56,6 +57,7 @@ def test_everything_that_it_says_is_read(tmp_path: Path) -> None:
         "port": 9000,
         "verify": "background",
         "scrub_hours": 1.0,
+        "log_level": "debug",
         "auth": "none",
     }
     assert config.teachers["resnet"].device == "cuda:0"

@@ -24,7 +24,7 @@ from logitcache.server.http.serve import running
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
     """The log as a machine reads it; loggers are given back as they were."""
-    roots = [logging.getLogger(name) for name in logs.LEVELS]
+    roots = [logging.getLogger(name) for name in logs.ROOTS]
     before = [(root.handlers[:], root.level, root.propagate) for root in roots]
     stream = io.StringIO()
     logs.configure(stream)
@@ -54,19 +54,35 @@ def test_a_fit_request_id_is_kept_and_another_is_replaced(server: httpx.Client) 
         assert len(made) == 32
 
 
-def test_a_request_is_one_line_in_the_log_and_a_probe_that_succeeds_is_none(own_store: Path, log: io.StringIO) -> None:
-    headers = {"Accept": wire.MEDIA_TYPE, "X-Request-Id": "mine"}
-    # The line is written after the answer, so the server has to have stopped before it is looked for.
-    with running(create_app(Catalog(own_store))) as url:
-        answer = httpx.post(f"{url}/v1/label-sets/digits/fetch", json={"ids": [1, 2]}, headers=headers)
+def asked(store: Path, headers: dict[str, str]) -> tuple[httpx.Response, httpx.Response]:
+    """The answers to a batch and to a refused one, after a probe, by a server that has stopped by now: it writes a line
+    after the answer.
+    """
+    with running(create_app(Catalog(store))) as url:
         httpx.get(f"{url}/healthz")
+        answer = httpx.post(f"{url}/v1/label-sets/digits/fetch", json={"ids": [1, 2]}, headers=headers)
+        return answer, httpx.post(f"{url}/v1/label-sets/digits/fetch", json={"ids": [-9]}, headers=headers)
+
+
+def test_what_is_refused_is_one_line_in_the_log_and_a_batch_or_probe_that_succeeds_is_none(
+    own_store: Path, log: io.StringIO
+) -> None:
+    asked(own_store, {"X-Request-Id": "mine"})
     (line,) = events(log, "request")
+    assert (line["status"], line["code"], line["level"]) == (404, "rows-missing", "info")
+    assert line["timestamp"].endswith("Z")
+
+
+def test_at_debug_level_each_request_is_one_line(own_store: Path, log: io.StringIO) -> None:
+    logs.configure(log, level="debug")
+    answer, _ = asked(own_store, {"Accept": wire.MEDIA_TYPE, "X-Request-Id": "mine"})
+    probe, line, _ = events(log, "request")
+    assert probe["route"] == "/healthz"
     assert line["request_id"] == "mine"
     assert (line["method"], line["route"], line["status"]) == ("POST", "/v1/label-sets/{name}/fetch", 200)
     assert (line["rows"], line["bytes"], line["label_set"]) == (2, len(answer.content), "digits")
     assert line["ms"] > 0
-    assert line["level"] == "info"
-    assert line["timestamp"].endswith("Z")
+    assert line["level"] == "debug"
 
 
 def test_lines_of_other_loggers_are_json_like_ours(log: io.StringIO) -> None:
@@ -115,9 +131,10 @@ def test_gauges_tell_how_the_label_sets_stand(own_server: httpx.Client) -> None:
 def test_what_clients_make_up_never_becomes_a_label(own_server: httpx.Client) -> None:
     own_server.get("/made-up-path")
     own_server.get("/v1/label-sets/made-up-name")
-    own_server.request("MADEUP", "/healthz")
+    own_server.request("PROPFIND", "/healthz")
     text = own_server.get("/metrics").text.lower()
     assert "made" not in text
+    assert "propfind" not in text
     assert metric(own_server, 'logitcache_requests_total{method="GET",route="unmatched",status="404"}') == 1
     assert metric(own_server, 'logitcache_requests_total{method="other",route="/healthz",status="405"}') == 1
 

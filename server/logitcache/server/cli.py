@@ -135,6 +135,13 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
     help="Hash everything again after so many hours; 0 never does.",
 )
 @click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning"]),
+    default="info",
+    show_default=True,
+    help="info tells what is refused and what changes; debug each batch and probe, too.",
+)
+@click.option(
     "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
 )
 @click.option(

@@ -45,6 +45,7 @@ class ServerOptions(BaseModel):
     port: int = Field(default=8000, ge=0, le=65_535)
     verify: Literal["strict", "background"] = "strict"
     scrub_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
+    log_level: Literal["debug", "info", "warning"] = "info"
     auth: Literal["none"] | None = None
 
 

@@ -6,12 +6,22 @@ inside another program leaves that program's logging alone. uvicorn's own lines 
 
 import logging
 import sys
-from typing import TextIO
+from contextvars import ContextVar
+from typing import Any, Literal, TextIO
 
 import structlog
 
-LEVELS = {"logitcache": logging.INFO, "uvicorn": logging.WARNING}
-"""What `configure` lets through, by the root of a tree of loggers. uvicorn tells at INFO what we tell ourselves."""
+ROOTS = ("logitcache", "uvicorn")
+"""What `configure` lets through: these trees of loggers."""
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("logitcache_request_id", default=None)
+"""Id of the request that is being answered; it stands in every line that is logged meanwhile."""
+
+
+def _with_request_id(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    if (request_id := REQUEST_ID.get()) is not None:
+        event["request_id"] = request_id
+    return event
 
 
 def logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -20,7 +30,7 @@ def logger(name: str) -> structlog.stdlib.BoundLogger:
         logging.getLogger(name),
         processors=[
             structlog.stdlib.filter_by_level,
-            structlog.contextvars.merge_contextvars,
+            _with_request_id,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
@@ -29,15 +39,18 @@ def logger(name: str) -> structlog.stdlib.BoundLogger:
     return bound
 
 
-def configure(stream: TextIO | None = None) -> None:
-    """Send the logs of logitcache and uvicorn to ``stream`` (stderr): JSON lines, or colours where it is a terminal."""
+def configure(stream: TextIO | None = None, *, level: Literal["debug", "info", "warning"] = "info") -> None:
+    """Send the logs of logitcache and uvicorn to ``stream`` (stderr): JSON lines, or colours where it is a terminal.
+
+    ``level`` is that of logitcache. uvicorn tells at INFO what we tell ourselves: of it, warnings are let through.
+    """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_formatter(readable=stream.isatty()))
-    for name, level in LEVELS.items():
+    for name, least in zip(ROOTS, (level.upper(), "WARNING"), strict=True):
         root = logging.getLogger(name)
         root.handlers[:] = [handler]
-        root.setLevel(level)
+        root.setLevel(least)
         root.propagate = False
 
 

@@ -43,6 +43,9 @@ from logitcache.storage.store import is_folder, names_in
 ADMISSIONS = 3
 """Tries to have shards admitted that another process withdraws and repairs at the same moment."""
 
+FEW_BYTES = 1 << 20
+"""Rows that are gathered in some hundred microseconds."""
+
 Allocate = Callable[[int, str | None], dict[str, np.ndarray]]
 """Arrays to gather into, by field, for so many rows of a digest."""
 
@@ -164,6 +167,13 @@ class LocalLabelSet:
         labelled = looked.inside & committed[place.shards]
         states: np.ndarray = np.where(labelled, LABELLED, np.where(looked.known, UNLABELLED, UNKNOWN)).astype(np.uint8)
         return states
+
+    def is_at_hand(self, examples: int) -> bool:
+        """A fetch of so many examples is quick and touches no disk, as far as can be told: `FEW_BYTES` of rows, all
+        served and in memory.
+        """
+        few = not self._spec.ragged and self._spec.nbytes(examples, examples) <= FEW_BYTES
+        return few and not self._paging.cold and self._shards.is_settled
 
     def _asked(
         self, ids: Any, rows: Any, view: int, digest: str | None, on_missing: str, limits: Limits | None = None

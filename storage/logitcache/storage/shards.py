@@ -121,6 +121,12 @@ class Shards:
             self.refresh()
         return self.state
 
+    @property
+    def is_settled(self) -> bool:
+        """All shards are served, and the folder was looked at a moment ago: there is nothing to do but to read."""
+        indexed = self.state.layout.identity.ids == "ordinal" or self.state.commits is self._indexed_commits
+        return self.state.all_served and indexed and time.monotonic() - self._looked_at <= REFRESH_S
+
     def refresh(self) -> None:
         """Look for commits and generations that others made or withdrew."""
         with self._lock:

@@ -78,6 +78,13 @@ class Catalog:
                 self._open[name] = (self._manifest(name), self._open_one(name))
             return self._open[name][1]
 
+    def at_hand(self, name: str) -> LocalLabelSet | None:
+        """The label set of that name if it is known without looking at the disk; else ask `get`."""
+        opened = self._open.get(name)
+        if opened is None or time.monotonic() - self._looked_at >= LOOK_AGAIN_S:
+            return None
+        return opened[1]
+
     def descriptions(self) -> Iterator[Description]:
         """Description of each label set that can be opened; those that cannot are in the log."""
         for name in self.names():

@@ -8,11 +8,12 @@ sets.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
@@ -111,6 +112,12 @@ class FetchRequest:
         return {"rows": self.rows, "view": self.view, "digest": self.digest, "on_missing": self.on_missing}
 
 
+def most_ids(body: bytes) -> int:
+    """More ids than this are not in a body of safetensors."""
+    return len(body) // 8
+
+
+@lru_cache(maxsize=64)
 def media_type(content_type: str | None) -> str:
     """The media type of a request's body, without its parameters.
 
@@ -127,6 +134,7 @@ def media_type(content_type: str | None) -> str:
     return given
 
 
+@lru_cache(maxsize=64)
 def answer_type(accept: str | None, default: str) -> str:
     """The media type of the answer: the best of those that ``Accept`` allows, ``default`` among equals.
 
@@ -167,13 +175,16 @@ async def read_body(request: Request, kind: str) -> bytes:
     declared = request.headers.get("content-length", "0")
     size = int(declared) if declared.isdecimal() else 0
     parts: list[bytes] = []
-    if size <= most:
+    more = size <= most
+    if more:
         size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                break
-            parts.append(part)
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False) and size <= most
     if size > most:
         Record.of(request.scope).body_refused = True
         raise TooManyRows(

@@ -3,19 +3,18 @@
 Pure ASGI: it sees the response as it is sent, adds one header, and neither buffers nor copies a body.
 """
 
+import logging
 import re
 import time
 import uuid
 
-import structlog
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.problems import problem_response, unforeseen
 from logitcache.server.http.record import UNMATCHED, Record
-from logitcache.server.logs import logger
+from logitcache.server.logs import REQUEST_ID, logger
 
 CLIENT_GONE = 499
 """Status in log and metrics when the client hung up before it had its answer (nginx's convention; nothing is sent)."""
@@ -23,10 +22,11 @@ CLIENT_GONE = 499
 FRAMEWORKS_OWN = frozenset({"/docs", "/openapi.json"})
 """Paths that FastAPI answers by itself, without telling the scope which route took them."""
 
-PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Routes whose success is logged at debug level only."""
+QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v1/label-sets/{name}/fetch", "/v1/label-sets/{name}/missing"})
+"""Routes whose success is logged at debug level only, and counted in the metrics as all others: probes and training
+steps come by the thousand and would bury what is rare."""
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _log = logger(__name__)
 
 
@@ -42,17 +42,18 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(request_id(Headers(scope=scope)), scope["method"])
+        record = Record(request_id(scope), scope["method"])
         record.put_in(scope)
         began = time.perf_counter()
-        with structlog.contextvars.bound_contextvars(request_id=record.request_id):
-            try:
-                await _answer(self._app, record, scope, receive, _noting(record, send))
-            finally:
-                record.seconds = time.perf_counter() - began
-                record.route = _route(scope)
-                self._metrics.observe(record)
-                _access(record)
+        token = REQUEST_ID.set(record.request_id)
+        try:
+            await _answer(self._app, record, scope, receive, _noting(record, send))
+        finally:
+            record.seconds = time.perf_counter() - began
+            record.route = _route(scope)
+            self._metrics.observe(record)
+            _access(record)
+            REQUEST_ID.reset(token)
 
 
 def _route(scope: Scope) -> str:
@@ -61,10 +62,10 @@ def _route(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", UNMATCHED))
 
 
-def request_id(headers: Headers) -> str:
+def request_id(scope: Scope) -> str:
     """The client's ``X-Request-Id`` if it is one that can stand in a log line, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +85,7 @@ def _noting(record: Record, send: Send) -> Send:
     async def noting(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.answering, record.status = True, message["status"]
-            MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
         elif message["type"] == "http.response.body":
             record.body_bytes += len(message.get("body", b""))
         await send(message)
@@ -93,8 +94,9 @@ def _noting(record: Record, send: Send) -> Send:
 
 
 def _access(record: Record) -> None:
-    # Probes come every few seconds and would bury the requests.
-    quiet = record.route in PROBES and record.status < 400
+    quiet = record.route in QUIET and record.status < 400
+    if quiet and not _log.isEnabledFor(logging.DEBUG):
+        return
     tell = _log.debug if quiet else _log.error if record.status >= 500 else _log.info
     optional = {"label_set": record.label_set, "code": record.code, "detail": record.detail}
     tell(

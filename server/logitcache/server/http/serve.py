@@ -5,8 +5,10 @@ and port 0 is known before anyone is told.
 """
 
 import errno
+import gc
 import ipaddress
 import json
+import math
 import signal
 import socket
 import sys
@@ -17,10 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitcache.labels import problem
 from logitcache.labels.errors import InvalidRequest, RequestRefused, ServerFault
@@ -38,6 +39,9 @@ KEEP_ALIVE_S = 120
 DRAIN_S = 8
 """How long requests under way may take to finish after SIGTERM: less than the 10 s after which Docker kills."""
 
+MAX_HEAD_BYTES = 64 << 10
+"""Bytes that a request's first line and headers may have together."""
+
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
 
@@ -51,6 +55,7 @@ def serve(
     port: int = 8000,
     verify: Literal["strict", "background"] = "strict",
     scrub_hours: float = 24.0,
+    log_level: Literal["debug", "info", "warning"] = "info",
     auth: Literal["none"] | None = None,
     config: Config | None = None,
 ) -> None:
@@ -69,7 +74,7 @@ def serve(
         Files().make_folder(store)
     names = label_set_names(store)
     with listening(host, port, auth) as listener:
-        logs.configure()
+        logs.configure(level=log_level)
         url = url_of(listener)
         catalog = Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)
         server = _Server(
@@ -78,6 +83,9 @@ def serve(
         )
         # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.
         signal.signal(signal.SIGTERM, _stop)
+        # What is imported lives as long as the process: looking through it again and again would hold requests up.
+        gc.collect()
+        gc.freeze()
         try:
             server.run(sockets=[listener])
         finally:
@@ -122,24 +130,39 @@ def running(app: ASGIApp) -> Iterator[str]:
             thread.join()
 
 
-class ProblemProtocol(H11Protocol):
+class ProblemProtocol(HttpToolsProtocol):
     """uvicorn's HTTP, but for what it refuses before there is a request: that is a problem like all others."""
+
+    _head_bytes: float = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes that arrived, unless a request's line and headers have no end: the parser would keep them all."""
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        """What follows is the body, which `messages.read_body` bounds."""
+        self._head_bytes = -math.inf
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """What follows is another request."""
+        self._head_bytes = 0
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are not HTTP."""
         request_id = uuid.uuid4().hex
         refused = RequestRefused("these bytes are not an HTTP/1.1 request that can be answered; mend the client")
         body = json.dumps(problem.to_problem(refused, request_id)).encode()
-        headers = [
-            (b"content-type", problem.MEDIA_TYPE.encode()),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
-            (b"connection", b"close"),
-        ]
         _log.info("request refused", request_id=request_id, status=400, code=refused.code, why=msg[:200])
-        events = (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage())
-        for event in events:
-            self.transport.write(self.conn.send(event) or b"")
+        head = (
+            f"HTTP/1.1 400 Bad Request\r\ncontent-type: {problem.MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
 
