@@ -49,9 +49,9 @@ def assert_labels_belong(batch: Any, found: Any, soft: SoftLabels) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("depth", [0, 1, 2, 9])
+@pytest.mark.parametrize("depth", [0, 1, 2, 9, None])
 def test_every_batch_comes_in_order_with_its_own_labels(
-    labels: Labels, soft: SoftLabels, num_workers: int, depth: int
+    labels: Labels, soft: SoftLabels, num_workers: int, depth: int | None
 ) -> None:
     def shuffled() -> DataLoader[Any]:
         return loader_of(shuffle=True, num_workers=num_workers, generator=torch.Generator().manual_seed(3))
@@ -69,6 +69,19 @@ def test_every_batch_comes_in_order_with_its_own_labels(
     assert seen == expected
     assert fetch_threads() == []
     assert labels.stats.steps == 10
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_that_persist_serve_one_epoch_after_the_other(labels: Labels, soft: SoftLabels, start: str) -> None:
+    loader = loader_of(num_workers=2, persistent_workers=True, multiprocessing_context=start)
+    attached = labels.attach(loader, ids="id")
+    for _epoch in range(2):
+        seen = []
+        for batch, found in attached:
+            assert_labels_belong(batch, found, soft)
+            seen += batch["id"].tolist()
+        assert seen == [*range(20)]
+    loader._iterator._shutdown_workers()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -91,10 +104,11 @@ def test_labels_are_fetched_ahead_by_depth_and_no_more(labels: Labels) -> None:
 
     steps = iter(labels.attach(batches(), ids=lambda batch: batch, depth=3))
     assert pulled == []
-    next(steps)
-    assert pulled == [0, 1, 2, 3]
-    next(steps)
-    assert pulled == [0, 1, 2, 3, 4]
+    counts = []
+    for _ in range(6):
+        next(steps)
+        counts.append(len(pulled))
+    assert counts == [2, 4, 6, 7, 8, 9]  # two at a step, until three are ahead of the one delivered
     steps.close()  # type: ignore[attr-defined]
 
 
@@ -189,12 +203,16 @@ def test_waiting_is_counted_step_by_step(labels: Labels) -> None:
     stats = labels.stats
     assert (stats.steps, stats.rows) == (5, 20)
     assert stats.waited_ms == pytest.approx(5 * stats.waited_ms_mean)
-    assert 0 < stats.waited_ms_median <= stats.waited_ms_max <= stats.waited_ms
+    assert 0 < stats.waited_ms_median <= stats.waited_ms_p99 <= stats.waited_ms_max <= stats.waited_ms
+    assert stats.step_bytes_mean == stats.bytes / 5
+    assert stats.hidden_ms == pytest.approx(5 * stats.hidden_ms_mean)
 
 
-def test_a_negative_depth_is_refused(labels: Labels) -> None:
+def test_a_depth_or_a_buffer_that_cannot_be_is_refused(labels: Labels) -> None:
     with pytest.raises(InvalidRequest, match="depth=-1"):
         labels.attach([], ids="id", depth=-1)
+    with pytest.raises(InvalidRequest, match="buffer_bytes=0"):
+        labels.attach([], ids="id", buffer_bytes=0)
 
 
 def test_set_epoch_reaches_the_sampler_wherever_it_is(labels: Labels) -> None:

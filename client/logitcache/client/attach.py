@@ -1,11 +1,13 @@
 """A loader with the labels of each batch beside it, fetched while the steps before are computed.
 
-The main thread pulls batches ahead from the loader, so workers and random draws behave the same in each run; one
-background thread fetches their labels. It knows loaders by their shape alone, without torch, and labels as a function
-that fetches them.
+The main thread pulls batches ahead from the loader, in its order, so its workers and random draws behave as without
+labels; with a given depth the same batch is pulled at the same step in each run. One background thread fetches their
+labels and makes tensors of them. It knows loaders by their shape alone, without torch, and labels as a function that
+fetches them.
 """
 
 import copy
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from logitcache.client.background import BackgroundThread
+from logitcache.client.extras import import_with_torch
 from logitcache.client.fetched import FetchedLabels
+from logitcache.client.lookahead import BUFFER_BYTES, Lookahead
 from logitcache.client.stats import Tally
 from logitcache.labels.errors import InvalidRequest
 
@@ -30,6 +34,13 @@ Part: TypeAlias = str | int | Callable[[Any], Any]
 
 Fetch: TypeAlias = Callable[..., FetchedLabels]
 """Labels of ids; parts of the batch besides the ids are its keywords."""
+
+Stage: TypeAlias = Callable[[FetchedLabels], Any]
+"""Prepares labels for a device: gives `logitcache.client.tensors.StagedLabels`."""
+
+PULLS_A_STEP = 2
+"""Batches that are pulled at one step until as many are held as the depth says, so that no step waits for all of them:
+the first labels are delivered when two batches are there, and a depth that grew costs a step one batch more."""
 
 
 class Auto(Enum):
@@ -75,11 +86,20 @@ def _mask_of_input_ids(batch: Any) -> Any:
 
 
 @dataclass
+class _Answer:
+    """The labels of one batch, prepared if there is a device, their bytes as received, and how long they took."""
+
+    labels: "FetchedLabels | logitcache.client.tensors.StagedLabels"
+    label_bytes: int
+    took_ms: float
+
+
+@dataclass
 class _Step(Generic[Batch]):
     """A batch that was pulled, its labels under way, and the loader's state right after it."""
 
     batch: Batch
-    soft: "Future[FetchedLabels]"
+    answer: "Future[_Answer]"
     state: Any
 
 
@@ -87,8 +107,8 @@ class AttachedLoader(Generic[Batch]):
     """What `Labels.attach` returns: iterating gives ``(batch, soft)``, each `iter` is a new epoch of the loader.
 
     An error of a fetch is raised at the step it belongs to, and one of the loader after the batches before it. Leaving
-    an epoch early ends its thread. ``set_epoch``, ``state_dict`` and ``load_state_dict`` are there if the loader, or
-    its sampler, has them; other attributes are the loader's.
+    an epoch early ends its thread. An epoch is of the process that began it. ``set_epoch``, ``state_dict`` and
+    ``load_state_dict`` are there if the loader, or its sampler, has them; other attributes are the loader's.
     """
 
     def __init__(
@@ -99,13 +119,14 @@ class AttachedLoader(Generic[Batch]):
         *,
         ids: Part,
         parts: Mapping[str, Part] | None = None,
-        depth: int = 2,
+        depth: int | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
         device: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if depth < 0:
-            raise InvalidRequest(f"depth={depth} is below 0: give the number of batches to fetch labels for ahead")
-        self._loader, self._fetch, self._tally = loader, fetch, tally
-        self._ids, self._parts, self._depth, self._device = ids, parts or {}, depth, device
+        self._loader, self._fetch, self._tally, self._clock = loader, fetch, tally, clock
+        self._ids, self._parts, self._device = ids, parts or {}, device
+        self._lookahead = Lookahead(depth, buffer_bytes)
         self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
 
     def __len__(self) -> int:
@@ -114,16 +135,27 @@ class AttachedLoader(Generic[Batch]):
     def __iter__(self) -> "Iterator[tuple[Batch, FetchedLabels | logitcache.client.tensors.SoftLabelTensors]]":
         batches = iter(self._loader)  # before the thread begins: this forks the loader's workers
         self._delivered = self._state()
-        return self._epoch(batches)
+        stage = None
+        if self._device is not None:
+            stage = import_with_torch("logitcache.client.tensors").staging(self._device)
+        return self._epoch(batches, stage)
 
-    def _epoch(self, batches: Iterator[Batch]) -> Iterator[Any]:
-        background: BackgroundThread[FetchedLabels] = BackgroundThread("logitcache-fetch")
+    def _epoch(self, batches: Iterator[Batch], stage: Stage | None) -> Iterator[Any]:
+        lookahead, process = self._lookahead, os.getpid()
         steps: deque[_Step[Batch]] = deque()
         failure: Exception | None = None
         ended = False
+        background: BackgroundThread[_Answer] = BackgroundThread("logitcache-fetch")
         try:
             while True:
-                while not ended and len(steps) <= self._depth:
+                if os.getpid() != process:
+                    raise InvalidRequest("this epoch was begun in another process: iterate anew in this one")
+                if lookahead.adapts:  # before the loader is waited for: what is late then is not its fault
+                    all_there = bool(steps) and steps[-1].answer.done()
+                    lookahead.step_begins(len(steps), all_there=all_there)
+                for _ in range(PULLS_A_STEP):
+                    if ended or len(steps) > lookahead.depth:
+                        break
                     try:
                         batch = next(batches)
                     except StopIteration:
@@ -131,7 +163,7 @@ class AttachedLoader(Generic[Batch]):
                     except Exception as error:  # noqa: BLE001 - raised below, after the batches that came before it
                         ended, failure = True, error
                     else:
-                        steps.append(_Step(batch, self._begin(background, batch), self._state()))
+                        steps.append(_Step(batch, self._begin(background, batch, stage), self._state()))
                 if not steps:
                     break
                 yield self._deliver(steps.popleft())
@@ -141,23 +173,40 @@ class AttachedLoader(Generic[Batch]):
         finally:
             background.close()
 
-    def _begin(self, background: BackgroundThread[FetchedLabels], batch: Batch) -> "Future[FetchedLabels]":
+    def _begin(self, background: BackgroundThread[_Answer], batch: Batch, stage: Stage | None) -> "Future[_Answer]":
         try:
             # Here and not in the thread: what a user's function draws or moves must not depend on when a thread runs.
             ids = _part(batch, self._ids, "ids")
             others = {name: _part(batch, part, name) for name, part in self._parts.items()}
         except Exception as error:  # noqa: BLE001 - raised at the step it belongs to
-            failed: Future[FetchedLabels] = Future()
+            failed: Future[_Answer] = Future()
             failed.set_exception(error)
             return failed
-        return background.submit(partial(self._fetch, ids, **others))
+        return background.submit(partial(self._answer, stage, ids, others))
+
+    def _answer(self, stage: Stage | None, ids: Any, others: dict[str, Any]) -> _Answer:
+        """In the background: labels, turned into tensors as far as that may be done there."""
+        started_s = self._clock()
+        soft = self._fetch(ids, **others)
+        label_bytes = sum(array.nbytes for array in soft.arrays().values())
+        staged = None if stage is None else stage(soft)
+        self._lookahead.arrived(label_bytes if staged is None else staged.held_bytes)
+        return _Answer(soft if staged is None else staged, label_bytes, 1000 * (self._clock() - started_s))
 
     def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
-        started_s = time.perf_counter()
-        soft = step.soft.result()
-        self._tally().step_waited(1000 * (time.perf_counter() - started_s))
+        clock = self._clock
+        started_s = clock()
+        answer = step.answer.result()
+        self._lookahead.step_waited(1000 * (clock() - started_s))
+        soft = answer.labels if isinstance(answer.labels, FetchedLabels) else answer.labels.take()
+        self._tally().step(
+            waited_ms=1000 * (clock() - started_s),
+            fetched_ms=answer.took_ms,
+            label_bytes=answer.label_bytes,
+            depth=self._lookahead.depth,
+        )
         self._delivered = step.state
-        return step.batch, soft if self._device is None else soft.to(self._device, non_blocking=True)
+        return step.batch, soft
 
     def _state(self) -> list[Any]:
         """The loader's state now, in a list, or nothing. Copied, because loaders update it in place."""

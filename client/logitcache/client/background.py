@@ -6,7 +6,8 @@ It knows nothing of what the tasks do.
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 GRACE_S = 1.0
@@ -35,8 +36,11 @@ class BackgroundThread(Generic[Result]):
         return future
 
     def close(self) -> None:
-        """Begin no other task, and wait for the one under way for at most `GRACE_S` seconds."""
+        """Drop the tasks that have not begun, and wait for the one under way for at most `GRACE_S` seconds."""
         self._closed.set()
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
         self._tasks.put(None)
         self._thread.join(GRACE_S)
 

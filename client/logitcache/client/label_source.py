@@ -23,6 +23,7 @@ from logitcache.client.held_inputs import (
     too_many,
 )
 from logitcache.client.in_process import InProcess
+from logitcache.client.lookahead import BUFFER_BYTES
 from logitcache.client.stats import Stats
 from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
 from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
@@ -150,14 +151,16 @@ class Labels:
         inputs: Part | Auto | None = AUTO,
         attention_mask: Part | Auto | None = AUTO,
         on_missing: OnMissing = "error",
-        depth: int = 2,
+        depth: int | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
         device: Any = None,
     ) -> AttachedLoader[Batch]:
         """The loader, with the labels of each batch beside it: iterating gives ``(batch, soft)``.
 
-        Labels of the next ``depth`` batches are under way while a step computes. Otherwise it is the loader: its
-        length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes. Batches are held
-        until their step: a loader that refills one buffer must be copied from, or attached with ``depth=0``.
+        Labels of the next batches are fetched while a step computes, in the loader's order, by one thread. Otherwise it
+        is the loader: its length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes.
+        Batches are held until their step: a loader that refills one buffer must be copied from, or attached with
+        ``depth=0``.
 
         With a causal label set, the token ids of every batch that is a mapping with ``"input_ids"`` are checked, and
         the labels come cut to the tokens that the batch has.
@@ -173,11 +176,19 @@ class Labels:
             attention_mask: where a batch has the mask of these inputs; unless given, ``"attention_mask"`` of batches
                 that have it, with a causal label set. None takes all inputs for tokens.
             on_missing: as in `fetch`; `distillation_loss` takes the CE alone for examples that are masked.
-            depth: batches whose labels are fetched ahead; each is held in memory.
-            device: yield `SoftLabelTensors` there in place of NumPy arrays.
+            depth: batches ahead that labels are fetched for, each held in memory; 0 fetches at the step itself. None
+                begins with 2 and asks for one more, up to 16, where a step waited and asking earlier can help; `stats`
+                tells how many. The depth changes neither order nor labels, but with it the step at which a batch is
+                pulled; so where loader and step draw from one generator, in one process, a number makes runs
+                repeatable.
+            buffer_bytes: with depth None, bytes of labels that are held or under way: no more batches are asked for
+                than fit if their labels are as large as the largest of the last 32 answers, but always one ahead.
+            device: yield `SoftLabelTensors` there in place of NumPy arrays. The thread that fetches makes them; for a
+                CUDA device it copies into pinned memory, and the step issues non-blocking copies on its own stream.
 
         Raises:
-            InvalidRequest: ``depth`` is below 0, or ``attention_mask`` is given without ``inputs``.
+            InvalidRequest: ``depth`` is below 0, ``buffer_bytes`` is below 1, or ``attention_mask`` is given without
+                ``inputs``.
         """
         self._opened()
         parts = token_parts(inputs, attention_mask) if self._is_causal else _given(inputs, attention_mask)
@@ -188,7 +199,14 @@ class Labels:
         if rows is not None and not isinstance(rows, tuple):
             parts["rows"] = rows
         return AttachedLoader(
-            loader, fetch, lambda: self._here().tally, ids=ids, parts=parts, depth=depth, device=device
+            loader,
+            fetch,
+            lambda: self._here().tally,
+            ids=ids,
+            parts=parts,
+            depth=depth,
+            buffer_bytes=buffer_bytes,
+            device=device,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""What fetching has cost so far: rows, bytes, requests, and the milliseconds that training steps waited.
+"""What fetching has cost so far: rows, bytes, requests, the milliseconds that training steps waited, and those hidden.
 
 Knows nothing of where labels come from. Memory is bounded: sums, and the last `WAITS_KEPT` waits.
 """
@@ -6,10 +6,10 @@ Knows nothing of where labels come from. Memory is bounded: sums, and the last `
 import statistics
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WAITS_KEPT = 4096
-"""Waits that the median is taken over: the newest ones."""
+"""Waits that the median and the 99th percentile are taken over: the newest ones."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,16 @@ class Stats:
         requests: HTTP requests begun, retries not counted; 0 for a folder.
         retries: requests that were sent again.
         steps: batches that `attach` delivered.
-        waited_ms: milliseconds that all those steps waited for their labels.
+        waited_ms: milliseconds that all those steps waited for their labels, on their device if one was named.
         waited_ms_mean: per step, over all steps; 0 before the first.
         waited_ms_median: per step, over the last 4,096 steps.
+        waited_ms_p99: 99 of 100 of these steps waited no longer.
         waited_ms_max: the longest wait of any step.
+        hidden_ms: milliseconds that fetching the labels of these steps took, and turning them into tensors, beyond what
+            the step waited: the time that fetching ahead hid.
+        hidden_ms_mean: per step, over all steps.
+        step_bytes_mean: bytes of the arrays of one step's labels, over all steps.
+        depth: batches ahead that labels are fetched for, as of the last step.
     """
 
     rows: int = 0
@@ -36,7 +42,12 @@ class Stats:
     waited_ms: float = 0.0
     waited_ms_mean: float = 0.0
     waited_ms_median: float = 0.0
+    waited_ms_p99: float = 0.0
     waited_ms_max: float = 0.0
+    hidden_ms: float = 0.0
+    hidden_ms_mean: float = 0.0
+    step_bytes_mean: float = 0.0
+    depth: int = 0
 
     def __str__(self) -> str:
         fetched = (
@@ -45,9 +56,9 @@ class Stats:
         if not self.steps:
             return fetched
         return (
-            f"{fetched}; {self.steps:,} steps waited {self.waited_ms:,.1f} ms in all "
-            f"(a step: mean {self.waited_ms_mean:.2f}, median {self.waited_ms_median:.2f}, "
-            f"max {self.waited_ms_max:.2f} ms)"
+            f"{fetched}; {self.steps:,} steps of {self.step_bytes_mean / 1e6:,.2f} MB, fetched {self.depth} ahead: "
+            f"waited {self.waited_ms_mean:,.2f} ms a step (median {self.waited_ms_median:,.2f}, "
+            f"p99 {self.waited_ms_p99:,.2f}, max {self.waited_ms_max:,.2f}), hid {self.hidden_ms_mean:,.2f} ms a step"
         )
 
 
@@ -56,9 +67,10 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = {"rows": 0, "bytes": 0, "requests": 0, "retries": 0, "steps": 0}
+        self._counts = {"rows": 0, "bytes": 0, "requests": 0, "retries": 0}
         self._waits_ms: deque[float] = deque(maxlen=WAITS_KEPT)
-        self._waited_ms = self._longest_ms = 0.0
+        self._waited_ms = self._longest_ms = self._hidden_ms = 0.0
+        self._steps = self._step_bytes = self._depth = 0
 
     def count(self, **amounts: int) -> None:
         """Add to ``rows``, ``bytes``, ``requests`` or ``retries``."""
@@ -66,21 +78,35 @@ class Tally:
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
-    def step_waited(self, milliseconds: float) -> None:
-        """Record that one more step was delivered after waiting so long."""
+    def step(self, *, waited_ms: float, fetched_ms: float, label_bytes: int, depth: int) -> None:
+        """Record one more step: how long it waited for its labels, how long they took, their bytes, the depth."""
         with self._lock:
-            self._counts["steps"] += 1
-            self._waits_ms.append(milliseconds)
-            self._waited_ms += milliseconds
-            self._longest_ms = max(self._longest_ms, milliseconds)
+            self._steps += 1
+            self._waits_ms.append(waited_ms)
+            self._waited_ms += waited_ms
+            self._hidden_ms += max(0.0, fetched_ms - waited_ms)
+            self._step_bytes += label_bytes
+            self._depth = depth
+            if waited_ms > self._longest_ms:
+                self._longest_ms = waited_ms
 
     def snapshot(self) -> Stats:
         """The counts as of now."""
         with self._lock:
-            return Stats(
+            waits_ms = list(self._waits_ms)
+            stats = Stats(
                 **self._counts,
+                steps=self._steps,
                 waited_ms=self._waited_ms,
-                waited_ms_mean=self._waited_ms / max(1, self._counts["steps"]),
-                waited_ms_median=statistics.median(self._waits_ms) if self._waits_ms else 0.0,
+                waited_ms_mean=self._waited_ms / max(1, self._steps),
                 waited_ms_max=self._longest_ms,
+                hidden_ms=self._hidden_ms,
+                hidden_ms_mean=self._hidden_ms / max(1, self._steps),
+                step_bytes_mean=self._step_bytes / max(1, self._steps),
+                depth=self._depth,
             )
+        if not waits_ms:
+            return stats
+        waits_ms.sort()  # outside the lock, which steps take, too
+        p99 = waits_ms[(99 * len(waits_ms) - 1) // 100]
+        return replace(stats, waited_ms_median=statistics.median(waits_ms), waited_ms_p99=p99)

@@ -1,6 +1,9 @@
 """Soft labels as torch tensors: what a loss reads. Knows nothing of fetching."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,21 +63,17 @@ class SoftLabelTensors:
         cls, soft: SoftLabels, device: torch.device | str | int, *, non_blocking: bool = False
     ) -> "SoftLabelTensors":
         """Transfer soft labels; whole numbers travel as stored (2 or 4 bytes) and are widened on the device."""
+        return cls._from(_stored(soft), _known(soft), device, non_blocking=non_blocking)
 
-        def moved(name: str, array: np.ndarray) -> Tensor:
-            # torch warns about memory that it could not write to.
-            array = array if array.flags.writeable else array.copy()
-            tensor = torch.from_numpy(array).to(device, non_blocking=non_blocking)
-            return tensor.to(torch.int64) if name in _WIDENED else tensor
-
-        arrays = {name: array for name, array in soft.arrays().items() if name != "fingerprint"}
-        return cls(
-            **{name: moved(name, array) for name, array in arrays.items()},
-            temperatures=soft.temperatures,
-            largest_index=_largest_index(soft),
-            row_counts=None if soft.row_splits is None else np.diff(soft.row_splits),
-            missing=None if soft.row_splits is None else _missing(soft),
-        )
+    @classmethod
+    def _from(
+        cls, stored: dict[str, Tensor], known: dict[str, Any], device: Any, *, non_blocking: bool
+    ) -> "SoftLabelTensors":
+        fields = dict(known)
+        for name, tensor in stored.items():
+            moved = tensor.to(device, non_blocking=non_blocking)
+            fields[name] = moved.to(torch.int64) if name in _WIDENED else moved
+        return cls(**fields)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "SoftLabelTensors":
         """The same rows on another device; nothing is copied where they are there already."""
@@ -85,10 +84,59 @@ class SoftLabelTensors:
         return replace(self, **moved)
 
 
-def _largest_index(soft: SoftLabels) -> int:
+@dataclass(frozen=True)
+class StagedLabels:
+    """Soft labels prepared for a device in another thread than the one that trains, which then takes them.
+
+    Attributes:
+        take: gives the `SoftLabelTensors`. It is to be called in the thread that trains: what it does on a CUDA device
+            it issues on the stream that is current there, so that no stream has to wait for another.
+        held_bytes: bytes of the tensors that are held until then.
+    """
+
+    take: Callable[[], SoftLabelTensors]
+    held_bytes: int
+
+    @classmethod
+    def of(cls, soft: SoftLabels, device: torch.device) -> "StagedLabels":
+        """Do what can be done beforehand: for the CPU all of it, for CUDA the copy into pinned memory.
+
+        Pinned memory comes from torch's allocator, which gives it to others only when the copies out of it are done.
+        """
+        if device.type == "cpu":
+            tensors = SoftLabelTensors.of(soft, device)
+            return cls(lambda: tensors, sum(held.nbytes for held in vars(tensors).values() if isinstance(held, Tensor)))
+        stored = _stored(soft)
+        pinned = device.type == "cuda"
+        if pinned:
+            with torch.cuda.device(device):  # else this thread would begin to use device 0, too
+                stored = {name: tensor.pin_memory() for name, tensor in stored.items()}
+        take = partial(SoftLabelTensors._from, stored, _known(soft), device, non_blocking=pinned)
+        return cls(take, sum(tensor.nbytes for tensor in stored.values()))
+
+
+def staging(device: Any) -> Callable[[SoftLabels], StagedLabels]:
+    """What makes `StagedLabels` for a device; ``"cuda"`` is the current one of the thread that calls this."""
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return lambda soft: StagedLabels.of(soft, where)
+
+
+def _stored(soft: SoftLabels) -> dict[str, Tensor]:
+    """The arrays on the CPU as they are stored, not copied."""
+    arrays = {name: array for name, array in soft.arrays().items() if name != "fingerprint"}
+    # torch warns about memory that it could not write to.
+    return {name: torch.from_numpy(a if a.flags.writeable else a.copy()) for name, a in arrays.items()}
+
+
+def _known(soft: SoftLabels) -> dict[str, Any]:
+    """What stays on the CPU."""
     named = [array for array in (soft.indices, soft.target) if array is not None and array.size]
-    return max((int(array.max()) for array in named), default=-1)
-
-
-def _missing(soft: SoftLabels) -> Bool[np.ndarray, " examples"]:
-    return np.zeros(soft.examples, np.bool_) if soft.present is None else ~soft.present
+    missing = np.zeros(soft.examples, np.bool_) if soft.present is None else ~soft.present
+    return {
+        "temperatures": soft.temperatures,
+        "largest_index": max((int(array.max()) for array in named), default=-1),
+        "row_counts": None if soft.row_splits is None else np.diff(soft.row_splits),
+        "missing": None if soft.row_splits is None else missing,
+    }
