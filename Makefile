@@ -8,8 +8,11 @@ TORCH_INDEX_URL ?=
 PIP_ARGS ?=
 # More words for pytest, such as PYTEST_ARGS='tests/labels -x'.
 PYTEST_ARGS ?=
+# More words for the benchmark, such as BENCH_ARGS='--only http'.
+BENCH_ARGS ?=
 OUT ?= demo-output
 
+BENCH_RESULT := benchmarks/results/fetch-$(shell date +%F)-$(shell nproc)-cores
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check \
@@ -40,8 +43,8 @@ format: $(INSTALLED) ## Mend what `check` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Rows a second, local and over HTTP, beside LMDB and a JSON endpoint
-	$(BIN)/python benchmarks/fetch.py
+bench: $(INSTALLED) ## Rows a second, local and over HTTP, beside what people use instead: some minutes
+	$(BIN)/python benchmarks/fetch.py --out $(BENCH_RESULT).json --plot $(BENCH_RESULT).png $(BENCH_ARGS)
 
 proof: $(INSTALLED) ## The tests that take minutes
 	$(BIN)/python -m pytest -m proof $(PYTEST_ARGS)

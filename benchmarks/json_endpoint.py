@@ -1,17 +1,14 @@
-"""A JSON endpoint over the same rows, as a person would write one with FastAPI and orjson; a process of its own.
+"""A JSON endpoint over the same rows, as a person would write one with FastAPI and orjson.
 
-``python -m benchmarks.json_endpoint FOLDER`` serves the ``.npy`` files of a folder on a free port and names its URL on
-stderr, as ``logitcache serve`` does. It has neither middleware nor metrics nor an access log: none of that slows it.
+``python -m benchmarks.json_endpoint FOLDER`` serves the ``.npy`` files of a folder from memory; see `endpoint`.
 """
 
-import json
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import orjson
-import uvicorn
+from benchmarks.endpoint import serve
 from benchmarks.rows import Arrays
 from fastapi import FastAPI, Request, Response
 
@@ -49,15 +46,5 @@ def _answer(arrays: Arrays) -> Response:
     return Response(orjson.dumps(arrays, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
-def main(folder: Path) -> None:
-    """Serve until terminated."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    # As asyncio sets it for sockets that it binds itself: else an answer's last piece waits 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = uvicorn.Config(create_app(folder), log_level="warning", access_log=False, timeout_keep_alive=120)
-    print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}"}), file=sys.stderr, flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve(create_app(Path(sys.argv[1])))

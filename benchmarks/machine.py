@@ -7,7 +7,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("logitcache", "numpy", "lmdb", "orjson", "fastapi", "starlette", "httpx", "uvicorn")
+LIBRARIES = (
+    "logitcache",
+    "numpy",
+    "lmdb",
+    "datasets",
+    "pyarrow",
+    "zarr",
+    "redis",
+    "hiredis",
+    "orjson",
+    "safetensors",
+    "fastapi",
+    "starlette",
+    "httpx",
+    "uvicorn",
+)
 
 
 def machine() -> dict[str, Any]:

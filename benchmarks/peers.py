@@ -1,26 +1,33 @@
-"""What logitcache is compared with: each peer stores the same rows in its own way and fetches a batch of them.
+"""Rows in plain NumPy files, mapped: what people write for one run, and what other peers' stores are written from.
 
-Each is set up as well as we know how; `log.md` tells which ways were tried and lost. A ``fetch`` takes int64 ids
-(rows,) and returns something that gives each of `rows.FIELDS` as a NumPy array when indexed by its name.
+A ``fetch`` takes int64 ids (rows,) and returns something that gives each array when indexed by its name: `rows.FIELDS`,
+or `sequences.FIELDS`. Here it checks nothing but bounds. `store_peers` has the stores in this process, `remote_peers`
+what is behind a socket; `log.md` tells which ways were tried and lost.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
-import lmdb
 import numpy as np
-import orjson
-from benchmarks.rows import FIELDS, RECORD, Arrays, Source, records_of
+from benchmarks.rows import RECORD, Arrays, Source, records_of
+from benchmarks.sequences import Sequences
 
 Fetch = Callable[[np.ndarray], Any]
 
 NUMPY_FILES = ("fingerprint", "indices", "logits", "scalars")
 
 
+def write_records(path: Path, source: Source) -> np.ndarray:
+    """Whole rows as one structured ``.npy`` file; gives them, mapped."""
+    records: np.ndarray = np.lib.format.open_memmap(path, "w+", RECORD, (source.rows,))
+    for span, arrays in source.shards():
+        records[span.start : span.stop] = records_of(arrays)
+    return np.asarray(records)
+
+
 def write_numpy_files(folder: Path, source: Source) -> Path:
-    """Each array as one ``.npy`` file: what a person writes who needs rows for one run."""
+    """Each array as one ``.npy`` file."""
     folder.mkdir()
     kept: Arrays = {}
     for span, arrays in source.shards():
@@ -32,65 +39,67 @@ def write_numpy_files(folder: Path, source: Source) -> Path:
     return folder
 
 
+def mapped(path: Path) -> np.ndarray:
+    """A mapped ``.npy`` file as a plain array: the memmap class costs some microseconds at every operation."""
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def named(taken: Arrays) -> Arrays:
+    """What was taken from `NUMPY_FILES`, by `rows.FIELDS`; nothing is copied."""
+    return {
+        "fingerprint": taken["fingerprint"][:, 0],
+        "logit_max": taken["scalars"][:, 0],
+        "tail_logsumexp": taken["scalars"][:, 1:],
+        "indices": taken["indices"],
+        "logits": taken["logits"],
+    }
+
+
 def memmap(folder: Path) -> Fetch:
-    """One ``take`` an array from mapped files: the ceiling, without ids, checks, or knowing what is labelled."""
-    # As plain arrays: the memmap class costs some microseconds at every operation.
-    stored = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in NUMPY_FILES}
+    """One ``take`` an array from mapped files: without ids, checks, or knowing what is labelled."""
+    stored = {name: mapped(folder / f"{name}.npy") for name in NUMPY_FILES}
 
     def fetch(ids: np.ndarray) -> Arrays:
-        taken = {name: array.take(ids, axis=0) for name, array in stored.items()}
-        return {
-            "fingerprint": taken["fingerprint"][:, 0],
-            "logit_max": taken["scalars"][:, 0],
-            "tail_logsumexp": taken["scalars"][:, 1:],
-            "indices": taken["indices"],
-            "logits": taken["logits"],
-        }
+        return named({name: array.take(ids, axis=0) for name, array in stored.items()})
 
     return fetch
 
 
-def write_lmdb(path: Path, source: Source) -> Path:
-    """One record a row under an 8-byte integer key, written in order so that pages are full."""
-    with lmdb.open(str(path), subdir=False, map_size=_map_bytes(source.rows), max_dbs=1, sync=False) as environment:
-        database = environment.open_db(b"rows", integerkey=True)
-        for _, arrays in source.shards():
-            with environment.begin(db=database, write=True) as transaction:
-                values = records_of(arrays).view(f"V{RECORD.itemsize}").tolist()
-                transaction.cursor().putmulti(zip(_keys(arrays["ids"]), values, strict=True), append=True)
-    return path
-
-
-def _map_bytes(rows: int) -> int:
-    return 2 * rows * RECORD.itemsize + (64 << 20)
-
-
-def _keys(ids: np.ndarray) -> list[bytes]:
-    """Native-order 8-byte keys; ``tolist`` of a void view makes them in one call."""
-    keys: list[bytes] = ids.astype(np.uint64).view("V8").tolist()
-    return keys
-
-
-def open_lmdb(path: Path) -> Fetch:
-    """LMDB in this process: a read transaction a batch, a ``get`` a row, no reading ahead, records joined once."""
-    environment: Any = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=1)
-    database = environment.open_db(b"rows", integerkey=True)
+def memmap_of_records(path: Path) -> Fetch:
+    """One ``take`` for all: a row's bytes lie together, so it costs one miss where the arrays cost four."""
+    # As bytes without structure: NumPy copies records field by field.
+    stored = mapped(path).view(f"V{RECORD.itemsize}")
 
     def fetch(ids: np.ndarray) -> np.ndarray:
-        # Views in place of copies win in small batches only; see log.md.
-        with environment.begin(db=database, buffers=len(ids) <= 1024) as transaction:
-            return np.frombuffer(b"".join(map(transaction.get, _keys(ids))), RECORD)
+        return stored.take(ids).view(RECORD)
 
     return fetch
 
 
-def json_endpoint(client: httpx.Client, route: str) -> Fetch:
-    """The JSON endpoint of `json_endpoint`, read into arrays; the same code reads nested lists and flat ones."""
+def write_sequence_files(folder: Path, sequences: Sequences) -> Path:
+    """Each array as one ``.npy`` file (sequences, length, ...), and ``sequences.bin``: whole sequences one after the
+    other, padded at the end, so that a body as long as ours can be cut out of it anywhere.
+    """
+    folder.mkdir()
+    stored: Arrays = {}
+    for name in (names := sequences.record.names or ()):
+        shape, dtype = sequences.record[name].shape, sequences.record[name].base
+        stored[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (sequences.count, *shape))
+    with (folder / "sequences.bin").open("wb") as file:
+        for shard in range(sequences.layout.shards):
+            span, records = sequences.layout.span(shard), sequences.records(shard)
+            records.tofile(file)
+            for name in names:
+                stored[name][span.start : span.stop] = records[name]
+        file.write(bytes(1 << 16))
+    return folder
+
+
+def memmap_of_sequences(folder: Path, sequences: Sequences) -> Fetch:
+    """One ``take`` of whole sequences an array from mapped files."""
+    stored = {name: mapped(folder / f"{name}.npy") for name in sequences.record.names or ()}
 
     def fetch(ids: np.ndarray) -> Arrays:
-        response = client.post(route, content=orjson.dumps({"ids": ids}, option=orjson.OPT_SERIALIZE_NUMPY))
-        response.raise_for_status()
-        told = orjson.loads(response.content)
-        return {name: np.array(told[name], RECORD[name].base).reshape(len(ids), *RECORD[name].shape) for name in FIELDS}
+        return sequences.flat({name: array.take(ids, axis=0) for name, array in stored.items()})
 
     return fetch

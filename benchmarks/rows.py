@@ -4,7 +4,7 @@ They look like a classifier's: distinct classes, falling float16 logits whose te
 knows nothing of how they are stored or fetched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,14 +77,12 @@ class Source:
         """The arrays of one shard as a label set stores them."""
         span = self.layout.span(shard)
         rows, rng = len(span), np.random.default_rng([0, shard])
-        first_class, ranks = rng.integers(CLASSES, size=(rows, 1)), np.arange(K)
-        gaps = rng.exponential(0.25, (rows, K))
-        gaps[:, 0] = 0  # logits are centred: the largest is 0
+        indices, logits = drawn_head(rng, rows, K, CLASSES)
         return {
             "ids": self.keys(span),
             "fingerprint": rng.integers(2**64, size=(rows, 1), dtype=np.uint64),
-            "indices": ((first_class + 31 * ranks) % CLASSES).astype(np.uint16),  # (rows, k)
-            "logits": -np.cumsum(gaps, 1).astype(np.float16),  # (rows, k)
+            "indices": indices.astype(np.uint16),
+            "logits": logits,
             "scalars": rng.normal((15, -3), 2, (rows, 2)).astype(np.float32),  # logit_max, tail_logsumexp
         }
 
@@ -100,6 +98,19 @@ class Source:
             here = (span.start <= ids) & (ids < span.stop)
             found[here] = records_of(arrays)[ids[here] - span.start]
         return found
+
+    def arrays(self, ids: np.ndarray) -> Arrays:
+        """The same by `FIELDS`."""
+        records = self.records(ids)
+        return {name: records[name] for name in FIELDS}
+
+
+def drawn_head(rng: np.random.Generator, rows: int, k: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rows, k), all of a row different, and float16 logits (rows, k) that fall from 0."""
+    first_class, ranks = rng.integers(classes, size=(rows, 1)), np.arange(k)
+    gaps = rng.exponential(0.25, (rows, k))
+    gaps[:, 0] = 0  # logits are centred: the largest is 0
+    return (first_class + 31 * ranks) % classes, -np.cumsum(gaps, 1).astype(np.float16)
 
 
 def text_id(number: int) -> str:
@@ -118,11 +129,24 @@ def records_of(arrays: Arrays) -> np.ndarray:
 
 def write_label_set(path: Path, source: Source) -> Path:
     """The rows as a sealed label set, through the writer that `precompute` uses."""
+
+    def texts(shard: int) -> list[str] | None:
+        span = source.layout.span(shard)
+        return source.texts[span.start : span.stop] if source.ids == "text" else None
+
+    return sealed(path, source.layout, source.shard, texts)
+
+
+def sealed(
+    path: Path,
+    layout: Layout,
+    arrays: Callable[[int], Arrays],
+    texts: Callable[[int], Sequence[str] | None] = lambda _shard: None,
+) -> Path:
+    """A complete label set of this layout, of what is drawn for each shard."""
     path.parent.mkdir(exist_ok=True)
-    with LabelSetWriter(path, source.layout) as writer:
+    with LabelSetWriter(path, layout) as writer:
         for shard in writer.missing:
-            span = source.layout.span(shard)
-            texts = source.texts[span.start : span.stop] if source.ids == "text" else None
-            writer.commit(shard, source.shard(shard), {}, texts)
+            writer.commit(shard, arrays(shard), {}, texts(shard))
         writer.seal()
     return path
