@@ -29,7 +29,7 @@ from logitcache.labels.errors import (
 from logitcache.labels.label_set import Limits
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.serve import running
+from logitcache.server.http.serve import MAX_HEAD_BYTES, running
 
 T = TypeVar("T")
 
@@ -278,7 +278,14 @@ def fetch_for_five_seconds(labels: Labels) -> None:
 
 def test_bytes_that_are_not_http_are_answered_with_a_problem(url: str) -> None:
     address = httpx.URL(url)
-    for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"):
+    for garbage in (
+        b"\x16\x03\x01 hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * MAX_HEAD_BYTES,
+        b"".join((b"GET / HTTP/1.1\r\nHost: x\r\n", *(b"X-Many: x\r\n" for _ in range(MAX_HEAD_BYTES // 10)))),
+    ):
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
             connection.sendall(garbage)
             answer = b"".join(iter(functools.partial(connection.recv, 65_536), b""))

@@ -143,8 +143,14 @@ class ProblemProtocol(HttpToolsProtocol):
             self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
 
     def on_headers_complete(self) -> None:
-        """What follows is the body, which `messages.read_body` bounds."""
+        """What follows is the body, which `messages.read_body` bounds.
+
+        Raises:
+            ValueError: there is not one Host, as RFC 9112, 3.2 wants it; the parser makes a refusal of it.
+        """
         self._head_bytes = -math.inf
+        if [name for name, _ in self.headers].count(b"host") != 1 and self.parser.get_http_version() == "1.1":
+            raise ValueError("one Host header is wanted")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
