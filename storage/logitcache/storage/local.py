@@ -30,7 +30,7 @@ from logitcache.labels.missing import rows_missing
 from logitcache.labels.ranges import check_ranges
 from logitcache.labels.soft_labels import SoftLabels, splits_of
 from logitcache.storage.asked import Asked, asked_for
-from logitcache.storage.gather import gather_rows, mark_missing, runs
+from logitcache.storage.gather import gather_rows, gather_runs, mark_missing
 from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.paging import Paging
 from logitcache.storage.places import Places
@@ -279,13 +279,16 @@ class LocalLabelSet:
         if cold:
             self._shards.will_need("example", slots)
         first, splits = self._row_runs(asked, place) if self._spec.ragged else (slots, None)
-        rows = slots if splits is None else runs(first, splits)
-        into = {} if allocate is None else allocate(len(rows), place.digest)
+        rows = len(slots) if splits is None else int(splits[-1])
+        into = {} if allocate is None else allocate(rows, place.digest)
         if cold:
             self._shards.will_need("row", first, 1 if splits is None else np.diff(splits))
         began = time.perf_counter()
-        arrays = gather_rows(stored, self._spec, rows, into)
-        self._paging.note(time.perf_counter() - began, len(rows) * self._spec.row_bytes)
+        if splits is None:
+            arrays = gather_rows(stored, self._spec, first, into)
+        else:
+            arrays = gather_runs(stored, self._spec, first, splits, into)
+        self._paging.note(time.perf_counter() - began, rows * self._spec.row_bytes)
         arrays["fingerprint"] = stored["fingerprint"][:, asked.view].take(slots, 0, into.get("fingerprint"), "clip")
         if splits is not None:
             arrays["row_splits"] = _put(splits, into.get("row_splits"))
