@@ -66,7 +66,7 @@ def ours(logits: torch.Tensor, case: Case) -> None:
     """The selection as precompute makes it."""
     spec = RowSpec(case.top_k, "uint32", "float16", TEMPERATURES, ragged=True, targets=True)
     targets = np.zeros(case.batch * case.length, np.int32)
-    select_top_k(logits, spec, lengths=[case.length] * case.batch, targets=targets)
+    select_top_k(logits, spec, lengths=[case.length] * case.batch, targets=targets).rows()
 
 
 def naive(logits: torch.Tensor, case: Case) -> None:

@@ -37,7 +37,9 @@ class Teacher(torch.nn.Module):
         if self.name == "raising":
             raise RuntimeError("the teacher's own trouble")
         if self.name == "greedy" and hold.exists():
-            # As the system does when memory runs out.
+            # As the system does when memory runs out. The first shard is being committed until then.
+            while not Path("label-sets/greedy/commits/0.json").exists():
+                time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGKILL)
         if self.name == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,6 +13,7 @@ from tests.server.given import FEATURES, Linear, run, sequences
 
 from logitcache.labels.errors import DatasetChanged, DatasetFault
 from logitcache.labels.fingerprints import fingerprint, token_fingerprint
+from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.items import Kind, read_item, settle, whole_number
 from logitcache.storage import LocalLabelSet
 
@@ -49,6 +50,28 @@ INPUT = torch.arange(3.0)
 def test_the_first_item_settles_the_kind(item: Any, kind: Kind) -> None:
     assert settle(item, None) == kind
     assert settle(item, not kind.targets).targets is not kind.targets
+
+
+@pytest.mark.parametrize(
+    "input",
+    [
+        INPUT,
+        INPUT.numpy(),
+        INPUT.bfloat16(),
+        INPUT.reshape(3, 1).T,
+        np.arange(4, dtype=np.int16).reshape(2, 2).T,
+        np.array([True, False]),
+        np.float32(0.5),
+        torch.tensor(3),
+        2,
+        0.5,
+    ],
+    ids=repr,
+)
+def test_a_batch_has_the_fingerprints_of_its_inputs_as_they_were_given(input: Any) -> None:
+    kind = Kind("pointwise", "ordinal", False)
+    examples = [read_item(input, 0, kind), read_item(input + input, 1, kind)]
+    assert Batch.of(examples, kind).fingerprints.tolist() == [fingerprint(input), fingerprint(input + input)]
 
 
 def test_an_image_is_read_as_it_is_with_its_target() -> None:

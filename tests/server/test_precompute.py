@@ -152,6 +152,17 @@ def test_workers_read_the_same_rows(store: Path) -> None:
     assert precompute(request(store, name="other", loader_workers=2)).digest == one.digest
 
 
+@pytest.mark.gpu
+def test_a_gpu_labels_what_a_cpu_does_and_the_same_bytes_each_time(store: Path) -> None:
+    digests = {precompute(request(store, name=name, device="cuda")).digest for name in ("one", "two")}
+    assert len(digests) == 1
+    precompute(request(store, name="cpu"))
+    there, here = rows(store / "one"), rows(store / "cpu")
+    assert np.array_equal(there.indices[:, 0], here.indices[:, 0])
+    assert np.allclose(there.logits, here.logits, atol=1e-2)
+    assert np.array_equal(there.fingerprint, here.fingerprint)
+
+
 def test_a_teacher_that_never_predicts_some_classes_is_stored(store: Path) -> None:
     precompute(request(store, teacher="padded_teacher", top_k=specimens.CLASSES))
     soft = rows(store / "set")

@@ -19,6 +19,14 @@ def fingerprint(input: Any) -> int:
     Raises:
         TypeError: the input is not an array of numbers.
     """
+    dtype, array = _read(input)
+    state = _begun(dtype, array.shape)
+    state.update(np.ascontiguousarray(array))
+    return int(state.intdigest())
+
+
+def _read(input: Any) -> tuple[str, np.ndarray]:
+    """The name of the dtype that an input has, and its values as a little-endian array."""
     if hasattr(input, "detach"):
         input = input.detach().cpu()
     dtype = str(getattr(input, "dtype", "")).removeprefix("torch.")
@@ -29,11 +37,11 @@ def fingerprint(input: Any) -> int:
         array = np.asarray(input.float())
     if array.dtype.kind not in "biufc":
         raise TypeError(f"an input must be an array of numbers, not {type(input).__name__} of {array.dtype}")
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    shape = "x".join(map(str, np.shape(input)))
-    state = xxhash.xxh3_64(f"{dtype or array.dtype.name}:{shape}:".encode())
-    state.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
-    return int(state.intdigest())
+    return dtype or array.dtype.name, np.asarray(array, array.dtype.newbyteorder("<"))
+
+
+def _begun(dtype: str, shape: tuple[int, ...]) -> xxhash.xxh3_64:
+    return xxhash.xxh3_64(f"{dtype}:{'x'.join(map(str, shape))}:".encode())
 
 
 def token_fingerprint(tokens: UInt32[np.ndarray, " length"]) -> int:
@@ -43,4 +51,12 @@ def token_fingerprint(tokens: UInt32[np.ndarray, " length"]) -> int:
 
 def fingerprints(inputs: Iterable[Any]) -> UInt64[np.ndarray, " examples"]:
     """Fingerprint of each input of a batch: a stacked tensor or array, or a list of them."""
-    return np.fromiter((fingerprint(input) for input in inputs), np.uint64)
+    if not hasattr(inputs, "dtype"):
+        return np.fromiter((fingerprint(input) for input in inputs), np.uint64)
+    dtype, array = _read(inputs)
+    begun, found = _begun(dtype, array.shape[1:]), np.empty(len(array), np.uint64)
+    for at, row in enumerate(np.ascontiguousarray(array)):
+        state = begun.copy()
+        state.update(row)
+        found[at] = state.intdigest()
+    return found

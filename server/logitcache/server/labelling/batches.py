@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from logitcache.labels.errors import DatasetFault, shown
+from logitcache.labels.fingerprints import fingerprints
 from logitcache.labels.ids import Ids
 from logitcache.labels.soft_labels import splits_of
 from logitcache.server.labelling.items import Example, Kind
@@ -52,12 +53,13 @@ class Batch:
         if kind.ids != "ordinal":
             texts = [str(example.id) for example in examples] if kind.ids == "text" else None
             ids = Ids(keys_of(examples, kind), texts)
+        inputs = _padded(examples) if kind.causal else _stacked(examples)
         targets = [example.targets for example in examples if example.targets is not None]
         return cls(
             ordinals=ordinals,
             ids=ids,
-            inputs=_padded(examples) if kind.causal else _stacked(examples),
-            fingerprints=np.array([example.fingerprint for example in examples], np.uint64),
+            inputs=inputs,
+            fingerprints=_fingerprints(examples, inputs, kind),
             lengths=np.array([len(example.input) for example in examples], np.int64) if kind.causal else None,
             targets=np.concatenate(targets) if kind.targets else None,
         )
@@ -97,6 +99,14 @@ class Batch:
         return f"example{'s' if len(self.ordinals) > 1 else ''} {shown(self.ordinals.tolist())}"
 
 
+def _fingerprints(examples: Sequence[Example], inputs: torch.Tensor, kind: Kind) -> np.ndarray:
+    # Those of a stack are those of what was stacked, and cost less. A plain number is another one in a stack: it has no
+    # dtype of its own.
+    if kind.causal or not all(hasattr(example.input, "dtype") for example in examples):
+        return np.array([example.fingerprint for example in examples], np.uint64)
+    return fingerprints(inputs)
+
+
 def _padded(examples: Sequence[Example]) -> torch.Tensor:
     longest = max(len(example.input) for example in examples)
     tokens = torch.full((len(examples), longest), PADDING, dtype=torch.int64)
@@ -109,18 +119,19 @@ def _stacked(examples: Sequence[Example]) -> torch.Tensor:
     tensors = []
     for example in examples:
         try:
-            tensors.append(torch.as_tensor(example.input).detach())
+            tensors.append(torch.as_tensor(example.input))
         except (TypeError, RuntimeError, ValueError) as error:
             raise DatasetFault(
                 f"the input of example {example.ordinal:,} is no tensor of numbers: {error}", example=example.ordinal
             ) from None
-    first = tensors[0]
+    shape, dtype = tensors[0].shape, tensors[0].dtype
     for example, tensor in zip(examples, tensors, strict=True):
-        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+        if tensor.shape != shape or tensor.dtype != dtype:
             raise DatasetFault(
                 f"the input of example {example.ordinal:,} is {tensor.dtype} of shape {tuple(tensor.shape)}, that of "
-                f"example {examples[0].ordinal:,} is {first.dtype} of shape {tuple(first.shape)}: they must be equal "
+                f"example {examples[0].ordinal:,} is {dtype} of shape {tuple(shape)}: they must be equal "
                 "to be stacked (token sequences of any length are given as 'input_ids')",
                 example=example.ordinal,
             )
-    return torch.stack(tensors)
+    # Inputs may carry a graph, which ends here.
+    return torch.stack(tensors).detach()

@@ -83,7 +83,11 @@ class Examples(Dataset[Any]):
         found = iter(DataLoader(self, batch_sampler=lists, num_workers=workers, collate_fn=partial(_made, make)))
         try:
             while True:
-                one = next(found, None)
+                try:
+                    one = next(found, None)
+                except (OSError, EOFError) as error:
+                    # What a process had given back is fetched from it, and it ended before.
+                    raise _worker_ended(error) from error
                 if one is None:
                     return
                 if isinstance(one, DatasetFault):
@@ -155,10 +159,14 @@ def worker_deaths_told() -> Iterator[None]:
         told = str(error.__cause__ or error)
         if not told.startswith("DataLoader worker"):
             raise
-        raise DatasetFault(
-            f"a process that reads the dataset ended: {told.partition('.')[0]}; it may have run out of memory or of "
-            "shared memory: --loader-workers 0 reads in this process"
-        ) from error
+        raise _worker_ended(told.partition(".")[0]) from error
+
+
+def _worker_ended(told: object) -> DatasetFault:
+    return DatasetFault(
+        f"a process that reads the dataset ended: {told}; it may have run out of memory or of shared memory: "
+        "--loader-workers 0 reads in this process"
+    )
 
 
 def load_dataset(spec: str, targets: bool | None = None) -> Examples:

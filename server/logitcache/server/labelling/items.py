@@ -8,12 +8,12 @@ be of that kind. What is not is a `DatasetFault` that names the example. It know
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from logitcache.labels.errors import DatasetFault, InvalidIds, shown
-from logitcache.labels.fingerprints import fingerprint, token_fingerprint
+from logitcache.labels.fingerprints import fingerprint
 from logitcache.labels.identity import MAX_CLASSES, Alignment
 from logitcache.labels.ids import IdKind, check_text
 from logitcache.server.labelling.causal import cut_tokens, is_sequence, next_targets
@@ -45,18 +45,29 @@ class Example:
         id: what the dataset calls it; the ordinal where the dataset gives no ids.
         input: what the teacher is shown, as the dataset gave it; of a token sequence (length,) uint32, padding cut off.
         targets: (rows,) int32, -1 for none; None where targets are not kept.
-        fingerprint: hash of the input.
     """
 
     ordinal: int
     id: int | str
     input: Any
     targets: np.ndarray | None
-    fingerprint: int
+
+    @property
+    def fingerprint(self) -> int:
+        """Hash of the input.
+
+        Raises:
+            DatasetFault: the input is no tensor of numbers.
+        """
+        try:
+            return fingerprint(self.input)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise DatasetFault(
+                f"the input of example {self.ordinal:,} is no tensor of numbers: {error}", example=self.ordinal
+            ) from None
 
 
-@dataclass(frozen=True)
-class _Parts:
+class _Parts(NamedTuple):
     input: Any
     target: Any = None
     id: Any = None
@@ -98,21 +109,13 @@ def read_item(item: Any, ordinal: int, kind: Kind) -> Example:
     if kind.causal:
         tokens = cut_tokens(parts.input, parts.mask, ordinal)
         targets = next_targets(parts.target, tokens, ordinal) if kind.targets else None
-        return Example(ordinal, id, tokens.ids, targets, token_fingerprint(tokens.ids))
+        return Example(ordinal, id, tokens.ids, targets)
     targets = np.array([_target(parts.target, ordinal)], np.int32) if kind.targets else None
-    return Example(ordinal, id, parts.input, targets, _fingerprint(parts.input, ordinal))
+    return Example(ordinal, id, parts.input, targets)
 
 
 def _parts(item: Any, ordinal: int) -> _Parts:
-    parts = _Parts(item)
-    if isinstance(item, Mapping):
-        if ("input" in item) == ("input_ids" in item):
-            has = "both 'input' and 'input_ids'" if "input" in item else f"neither, but {shown(map(str, item))}"
-            raise _fault(ordinal, f"is a mapping, which must have 'input' or 'input_ids': it has {has}")
-        causal = "input_ids" in item
-        input, mask = item["input_ids" if causal else "input"], item.get("attention_mask") if causal else None
-        parts = _Parts(input, item.get("labels"), item.get("id"), mask, causal)
-    elif isinstance(item, tuple | list):
+    if isinstance(item, tuple | list):
         if len(item) != 2:
             raise _fault(
                 ordinal,
@@ -120,6 +123,15 @@ def _parts(item: Any, ordinal: int) -> _Parts:
                 "'input_ids'",
             )
         parts = _Parts(*item)
+    elif isinstance(item, Mapping):
+        if ("input" in item) == ("input_ids" in item):
+            has = "both 'input' and 'input_ids'" if "input" in item else f"neither, but {shown(map(str, item))}"
+            raise _fault(ordinal, f"is a mapping, which must have 'input' or 'input_ids': it has {has}")
+        causal = "input_ids" in item
+        input, mask = item["input_ids" if causal else "input"], item.get("attention_mask") if causal else None
+        parts = _Parts(input, item.get("labels"), item.get("id"), mask, causal)
+    else:
+        parts = _Parts(item)
     if not parts.causal and not hasattr(parts.input, "dtype") and not isinstance(parts.input, int | float):
         raise DatasetFault(
             f"the input of example {ordinal:,} is {type(parts.input).__name__}, not a tensor, an array or a number",
@@ -176,15 +188,6 @@ def _target(target: Any, ordinal: int) -> int:
             ordinal, f"has the target {number:,}, which is no class: -1 and -100 mean none, --no-targets leaves all out"
         )
     return number
-
-
-def _fingerprint(input: Any, ordinal: int) -> int:
-    try:
-        return fingerprint(input)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise DatasetFault(
-            f"the input of example {ordinal:,} is no tensor of numbers: {error}", example=ordinal
-        ) from None
 
 
 def _fault(ordinal: int, told: str) -> DatasetFault:

@@ -123,7 +123,7 @@ def try_out(prepared: Prepared) -> Trial:
     began, read_s, label_s, timed = time.perf_counter(), 0.0, 0.0, 0
     for number, batch in enumerate(prepared.examples.batches(lists)):
         read = time.perf_counter()
-        rows = label(prepared.teacher, batch, prepared.layout)
+        rows = label(prepared.teacher, batch, prepared.layout).rows()
         done = time.perf_counter()
         if number or len(lists) == 1:
             read_s, label_s, timed = read_s + read - began, label_s + done - read, timed + batch.rows

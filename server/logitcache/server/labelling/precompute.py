@@ -1,9 +1,14 @@
 """Precompute: every example of a dataset labelled once by a teacher, shard by shard, and sealed.
 
+While a batch is computed the one before it is checked and put in its place, and while a shard is labelled the one
+before it is committed. The dataset is read between two forwards, by the thread that does them: user code is never in
+two threads at once, and what it draws from one generator is drawn in the same order each time.
+
 The same call again continues: committed shards are checked against the dataset and not labelled a second time, and what
 the dataset has more than the label set is appended. Whatever goes wrong, what was committed stays. It knows no HTTP.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +18,11 @@ import torch
 
 from logitcache.labels.errors import shown
 from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.commits import Commits
 from logitcache.server.labelling.comparison import check_appended, check_labelled
 from logitcache.server.labelling.datasets import worker_deaths_told
 from logitcache.server.labelling.preparation import Prepared, Request, prepare
-from logitcache.server.labelling.shard_arrays import ShardArrays, label
+from logitcache.server.labelling.shard_arrays import Labelled, ShardArrays, label
 from logitcache.server.labelling.space import check_space
 from logitcache.server.progress import Reporter, Silent
 from logitcache.server.wording import counted, extent, retained_lines, size
@@ -24,7 +30,7 @@ from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout
 from logitcache.storage.places import Places
 from logitcache.storage.records import Generation
-from logitcache.storage.statistics import read_retained, retained_mass, summed
+from logitcache.storage.statistics import read_retained, summed
 from logitcache.storage.writer import LabelSetWriter
 
 
@@ -112,27 +118,29 @@ def _note_settings(prepared: Prepared, reporter: Reporter) -> None:
 
 
 def _label_all(prepared: Prepared, writer: LabelSetWriter, reporter: Reporter, missing: list[int]) -> Generation:
-    """Label and commit the missing shards in order, and seal: before the label set grows, and at the end."""
+    """Label and commit the missing shards in order, and seal: before the label set grows, and at the end.
+
+    What is committed when it is stopped is told when that is certain: a commit that is under way then is finished.
+    """
     if missing:
         rows = sum(prepared.layout.shard_rows[shard] for shard in missing)
         reporter.begin(f"labelling {prepared.request.name}", rows)
     batches = prepared.examples.batches(prepared.batches(missing), prepared.request.loader_workers)
-    done, total = len(prepared.layout.shard_examples) - len(missing), prepared.layout.shards
     try:
-        with worker_deaths_told():
+        with worker_deaths_told(), Commits(writer) as commits, contextlib.closing(batches):
             for shard in missing:
                 if shard == writer.layout.shards:
+                    commits.wait()
                     _grow(writer, prepared.layout)
-                _label_shard(prepared, writer, shard, batches, reporter)
-                done += 1
+                _label_shard(prepared, commits, shard, batches, reporter)
+            commits.wait()
             return writer.seal()
     except BaseException:
         reporter.note(
-            f"stopped: {done:,} of {total:,} shards are committed and kept; the same command goes on from there"
+            f"stopped: {len(writer.committed):,} of {prepared.layout.shards:,} shards are committed and kept; "
+            "the same command goes on from there"
         )
         raise
-    finally:
-        batches.close()
 
 
 def _grow(writer: LabelSetWriter, layout: Layout) -> None:
@@ -141,21 +149,28 @@ def _grow(writer: LabelSetWriter, layout: Layout) -> None:
 
 
 def _label_shard(
-    prepared: Prepared, writer: LabelSetWriter, shard: int, batches: Iterator[Batch], reporter: Reporter
+    prepared: Prepared, commits: Commits, shard: int, batches: Iterator[Batch], reporter: Reporter
 ) -> None:
+    """Label a shard's batches, and begin to commit it. Each batch is put in its place when the next was begun."""
     began = time.perf_counter()
     filled = ShardArrays(prepared.layout, shard, prepared.facts(shard))
+    under_way: Labelled | None = None
     for _ in prepared.batches_of(shard):
         batch = next(batches)
         filled.check(batch)
-        filled.put(batch, label(prepared.teacher, batch, prepared.layout))
-        reporter.advance(batch.rows)
-    statistics = {
-        "retained_mass": retained_mass(filled.soft_labels()),
-        "seconds": time.perf_counter() - began,
-        "run": _run_settings(prepared),
-    }
-    writer.commit(shard, filled.arrays, statistics, filled.texts)
+        following = label(prepared.teacher, batch, prepared.layout)
+        if under_way is not None:
+            _put(under_way, filled, commits, reporter)
+        under_way = following
+    if under_way is not None:
+        _put(under_way, filled, commits, reporter)
+    commits.begin(shard, filled, {"seconds": time.perf_counter() - began, "run": _run_settings(prepared)})
+
+
+def _put(labelled: Labelled, filled: ShardArrays, commits: Commits, reporter: Reporter) -> None:
+    filled.put(labelled)
+    commits.check()
+    reporter.advance(labelled.batch.rows)
 
 
 def _run_settings(prepared: Prepared) -> dict[str, Any]:

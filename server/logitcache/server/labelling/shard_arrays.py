@@ -5,6 +5,7 @@ files.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,16 +15,34 @@ from logitcache.labels.soft_labels import SoftLabels, splits_of
 from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.survey import Facts, beyond_fault
 from logitcache.server.labelling.teachers import Teacher
-from logitcache.server.labelling.top_k import Rows, faulty_rows, select_top_k
+from logitcache.server.labelling.top_k import Rows, Selection, faulty_rows, select_top_k
 from logitcache.storage.layout import Layout
 
 
-def label(teacher: Teacher, batch: Batch, layout: Layout) -> Rows:
-    """Rows of a batch, by the teacher: those of its examples in its order, padding left out.
+@dataclass(frozen=True)
+class Labelled:
+    """A batch whose rows the teacher's device may still be computing."""
+
+    batch: Batch
+    selection: Selection
+
+    def rows(self) -> Rows:
+        """Wait for them: those of the batch's examples in its order, padding left out.
+
+        Raises:
+            TeacherFault: a row of NaN, +inf or only -inf, which is named.
+        """
+        rows = self.selection.rows()
+        _refuse_faulty(rows, self.batch)
+        return rows
+
+
+def label(teacher: Teacher, batch: Batch, layout: Layout) -> Labelled:
+    """Give a batch to the teacher, and select from what it returns.
 
     Raises:
         DatasetFault: a target is none of the teacher's classes.
-        TeacherFault: the teacher raised, or returned what cannot be stored; a row of NaN, +inf or only -inf is named.
+        TeacherFault: the teacher raised, or returned what cannot be stored.
     """
     classes = layout.identity.classes
     if batch.targets is not None and bool((batch.targets >= classes).any()):
@@ -32,9 +51,7 @@ def label(teacher: Teacher, batch: Batch, layout: Layout) -> Rows:
         raise beyond_fault("target", int(batch.targets[row]), place, ordinal, classes)
     logits = teacher.logits(batch, classes)
     with torch.inference_mode():
-        rows = select_top_k(logits, layout.row_spec, lengths=batch.lengths, targets=batch.targets)
-    _refuse_faulty(rows, batch)
-    return rows
+        return Labelled(batch, select_top_k(logits, layout.row_spec, lengths=batch.lengths, targets=batch.targets))
 
 
 def _refuse_faulty(rows: Rows, batch: Batch) -> None:
@@ -108,8 +125,13 @@ class ShardArrays:
                 ordinals=ordinals,
             )
 
-    def put(self, batch: Batch, rows: Rows) -> None:
-        """Fill in a batch of the shard's examples, of which `check` has nothing to say."""
+    def put(self, labelled: Labelled) -> None:
+        """Fill in a batch of the shard's examples, of which `check` had nothing to say.
+
+        Raises:
+            TeacherFault: see `Labelled.rows`.
+        """
+        batch, rows = labelled.batch, labelled.rows()
         slots = batch.ordinals - self._span.start
         places = np.repeat(self._row_starts[slots] - batch.splits[:-1], np.diff(batch.splits)) + np.arange(batch.rows)
         arrays = self.arrays

@@ -16,6 +16,7 @@ from logitcache.labels.errors import InvalidRequest, TeacherFault
 from logitcache.labels.identity import MAX_CLASSES, TeacherId
 from logitcache.server.labelling import specs
 from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.transfer import to_device
 
 
 class Teacher:
@@ -52,10 +53,10 @@ class Teacher:
         return _checked(logits, batch, classes)
 
     def _called(self, batch: Batch) -> Any:
-        inputs = batch.inputs.to(self.device, non_blocking=True)
+        inputs = to_device(batch.inputs, self.device)
         if batch.lengths is None or not self._takes_mask:
             return self._forward(inputs)
-        return self._forward(inputs, attention_mask=batch.mask.to(self.device, non_blocking=True))
+        return self._forward(inputs, attention_mask=to_device(batch.mask, self.device))
 
 
 def _takes(forward: Callable[..., Any], name: str) -> bool:

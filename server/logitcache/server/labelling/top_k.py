@@ -2,7 +2,8 @@
 
 Logits of token data are the largest thing in memory by far, so they are never copied as a whole: rows that are no
 padding are taken in chunks of some MiB, widened, reduced and forgotten. Each row is computed by itself: on a CPU,
-chunks of any size give the same bits. Knows tensors only, no teacher, no files.
+chunks of any size give the same bits. What is selected is copied to the host behind the computation, and waited for
+only when the rows are asked for. Knows tensors only, no teacher, no files.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from logitcache.labels.soft_labels import RowSpec, splits_of
+from logitcache.server.labelling.transfer import Landing, to_device
 
 CHUNK_BYTES = 128 << 20
 """What a chunk may take in memory besides the logits: its rows widened, and a scratch of the same size.
@@ -38,6 +40,31 @@ class Rows:
     scalars: np.ndarray
 
 
+class Selection:
+    """Rows on their way from the device to the host."""
+
+    def __init__(self, rows: int, spec: RowSpec, device: torch.device) -> None:
+        self._spec, self._landing = spec, Landing(device)
+        self._indices = self._landing.empty(rows, spec.k, dtype=torch.int64)
+        self._logits = self._landing.empty(rows, spec.k, dtype=_TORCH_DTYPES[spec.dtype])
+        self._scalars = self._landing.empty(rows, len(spec.columns), dtype=torch.float32)
+
+    def put(self, part: slice, indices: torch.Tensor, logits: torch.Tensor, scalars: torch.Tensor) -> None:
+        """Begin to copy some of the rows; ``logits`` are rounded to the stored dtype."""
+        for source, into in ((indices, self._indices), (logits, self._logits), (scalars, self._scalars)):
+            self._landing.copy(source, into[part])
+
+    def close(self) -> None:
+        """All rows are put."""
+        self._landing.close()
+
+    def rows(self) -> Rows:
+        """Wait for them."""
+        self._landing.wait()
+        indices = self._indices.numpy().astype(self._spec.index_dtype)
+        return Rows(indices, self._logits.numpy(), self._scalars.numpy())
+
+
 def select_top_k(
     logits: torch.Tensor,
     spec: RowSpec,
@@ -45,7 +72,7 @@ def select_top_k(
     lengths: Sequence[int] | np.ndarray | None = None,
     targets: np.ndarray | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Rows:
+) -> Selection:
     """The k largest logits of each row, centred and rounded, and what is left out as log-sum-exps.
 
     The tail is summed over the classes that are not stored, not taken as a difference, so the residual mass is accurate
@@ -67,20 +94,17 @@ def select_top_k(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     most = max(FEWEST_ROWS, chunk_bytes // (2 * classes * dtype.itemsize))
     buffers = torch.empty(2, min(max(rows, FEWEST_ROWS), most), classes, dtype=dtype, device=logits.device)
-    selected = Rows(
-        np.empty((rows, spec.k), spec.index_dtype),
-        np.empty((rows, spec.k), spec.dtype),
-        np.empty((rows, len(spec.columns)), np.float32),
-    )
-    wanted = None if targets is None else torch.from_numpy(targets).to(logits.device, torch.int64)
+    selection = Selection(rows, spec, logits.device)
+    wanted = None if targets is None else to_device(torch.from_numpy(targets), logits.device).long()
     for first in range(0, rows, most):
         count = min(most, rows - first)
         wide, scratch = buffers[:, : max(count, FEWEST_ROWS)]
         _gather(stacked, splits, first, wide[:count])
         wide[count:] = wide[0]
         part = slice(first, first + count)
-        _select(wide, scratch, spec, None if wanted is None else _padded(wanted[part], len(wide)), selected, part)
-    return selected
+        _select(wide, scratch, spec, None if wanted is None else _padded(wanted[part], len(wide)), selection, part)
+    selection.close()
+    return selection
 
 
 def _padded(targets: torch.Tensor, rows: int) -> torch.Tensor:
@@ -104,10 +128,10 @@ def _select(
     scratch: torch.Tensor,
     spec: RowSpec,
     targets: torch.Tensor | None,
-    selected: Rows,
+    selection: Selection,
     part: slice,
 ) -> None:
-    """Select from the rows in ``wide``, which is used up, into a part of ``selected``; rows beyond it are left out."""
+    """Select from the rows in ``wide``, which is used up, into a part of ``selection``; rows beyond it are left out."""
     count = part.stop - part.start
     # One more than is stored: the largest of the rest. Each pass over the rows that can be spared counts.
     values, indices = wide.topk(min(spec.k + 1, wide.shape[1]), dim=1, sorted=True)
@@ -120,9 +144,8 @@ def _select(
         columns += [_tail(wide, scratch, top, maximum, temperature) for temperature in spec.temperatures]
     else:
         columns += [torch.full_like(columns[0], -torch.inf)] * len(spec.temperatures)
-    selected.indices[part] = indices[:count, : spec.k].cpu().numpy()
-    selected.logits[part] = _rounded(centred[:count], _TORCH_DTYPES[spec.dtype]).cpu().numpy()
-    selected.scalars[part] = torch.stack([*columns, *of_targets], 1)[:count].cpu().numpy()
+    logits = _rounded(centred[:count], _TORCH_DTYPES[spec.dtype])
+    selection.put(part, indices[:count, : spec.k], logits, torch.stack([*columns, *of_targets], 1)[:count])
 
 
 def _tail(
