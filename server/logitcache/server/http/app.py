@@ -32,6 +32,7 @@ def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:
         summary="A teacher's soft labels, precomputed once and served to every training loop.",
         lifespan=_lifespan,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is /metrics
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         # Not by include_router, which keeps routers nested and has each request looked up twice. The batches first.

@@ -37,7 +37,7 @@ InQueue = Annotated[Jobs, Depends(_jobs)]
 async def ask_for_a_job(queue: InQueue, request: Request, response: Response) -> JobState:
     """Label a registered dataset with a registered teacher. Asking for the same again gives the same job: one that
     failed or was cancelled is queued anew, one that succeeded only with `again`."""
-    if media_type(request.headers.get("content-type")) != JSON:
+    if media_type(dict(request.scope["headers"]).get(b"content-type")) != JSON:
         raise RequestRefused(f"a job is asked for in JSON: send {JSON} and say so in Content-Type", status=415)
     body = None
     with suppress(TooManyRows):

@@ -118,13 +118,13 @@ def most_ids(body: bytes) -> int:
 
 
 @lru_cache(maxsize=64)
-def media_type(content_type: str | None) -> str:
-    """The media type of a request's body, without its parameters.
+def media_type(content_type: bytes | None) -> str:
+    """The media type of a request's body, without its parameters, by its ``Content-Type`` as it arrived.
 
     Raises:
         RequestRefused: with status 415, when it is none of those offered.
     """
-    given = (content_type or "").partition(";")[0].strip().lower()
+    given = (content_type or b"").decode("latin-1").partition(";")[0].strip().lower()
     if given not in OFFERED:
         raise RequestRefused(
             f"a body of type {given!r} is not understood; send {JSON} or {SAFETENSORS} and say so in Content-Type",
@@ -135,13 +135,14 @@ def media_type(content_type: str | None) -> str:
 
 
 @lru_cache(maxsize=64)
-def answer_type(accept: str | None, default: str) -> str:
+def answer_type(accept: bytes | None, default: str) -> str:
     """The media type of the answer: the best of those that ``Accept`` allows, ``default`` among equals.
 
     Raises:
         RequestRefused: with status 406, when it allows none of those offered.
     """
-    ranges = dict(_media_range(part) for part in (accept or "*/*").split(","))
+    allowed = (accept or b"*/*").decode("latin-1")
+    ranges = dict(_media_range(part) for part in allowed.split(","))
 
     def quality(offer: str) -> float:
         kind = offer.partition("/")[0]
@@ -150,7 +151,7 @@ def answer_type(accept: str | None, default: str) -> str:
     best = max((default, *OFFERED), key=quality)
     if quality(best) <= 0:
         raise RequestRefused(
-            f"Accept: {accept} allows none of what is offered here: {JSON} and {SAFETENSORS}",
+            f"Accept: {allowed} allows none of what is offered here: {JSON} and {SAFETENSORS}",
             status=406,
             offered=list(OFFERED),
         )
@@ -172,8 +173,8 @@ async def read_body(request: Request, kind: str) -> bytes:
         TooManyRows: it is longer; the rest is not read, and the connection closes after the answer.
     """
     most = MAX_REQUEST_BYTES[kind]
-    declared = request.headers.get("content-length", "0")
-    size = int(declared) if declared.isdecimal() else 0
+    declared = dict(request.scope["headers"]).get(b"content-length", b"0")
+    size = int(declared) if declared.isdigit() else 0
     parts: list[bytes] = []
     more = size <= most
     if more:

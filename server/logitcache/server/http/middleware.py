@@ -4,9 +4,9 @@ Pure ASGI: it sees the response as it is sent, adds one header, and neither buff
 """
 
 import logging
+import os
 import re
 import time
-import uuid
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -65,7 +65,7 @@ def _route(scope: Scope) -> str:
 def request_id(scope: Scope) -> str:
     """The client's ``X-Request-Id`` if it is one that can stand in a log line, else a new one."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
