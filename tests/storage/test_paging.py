@@ -58,7 +58,7 @@ def test_pages_that_will_be_needed_are_read_and_no_others(cold: MappedArray) -> 
 
 def test_more_pages_than_one_call_takes_are_read(cold: MappedArray) -> None:
     will_need([cold.pages(np.zeros(3000, np.int64), 1), cold.pages(np.array([9 * ROWS_A_PAGE]), 1)])
-    assert cold.rows[9 * ROWS_A_PAGE, 0] == 9 * ROWS_A_PAGE * (ROW // 8)
+    assert cold.rows[[0, 9 * ROWS_A_PAGE], 0].tolist() == [0, 9 * ROWS_A_PAGE * (ROW // 8)]  # both are read by now
     assert np.flatnonzero(resident(cold)).tolist() == [0, 9]
 
 
@@ -96,3 +96,12 @@ def test_a_slow_gather_makes_it_cold_only_if_pages_were_read(monkeypatch: pytest
     faults.ru_majflt += FEW_FAULTS + 1
     paging.note(1.0, 1)
     assert paging.cold
+
+
+def test_whether_a_row_is_in_memory_is_told(cold: MappedArray) -> None:
+    row = 7 * ROWS_A_PAGE
+    assert not cold.in_memory(row)
+    assert cold.rows[row, 0] == row * (ROW // 8)
+    assert cold.in_memory(row)
+    assert cold.in_memory(row + ROWS_A_PAGE - 1)
+    assert not cold.in_memory(row + ROWS_A_PAGE)

@@ -173,7 +173,7 @@ class LocalLabelSet:
         served and in memory.
         """
         few = not self._spec.ragged and self._spec.nbytes(examples, examples) <= FEW_BYTES
-        return few and not self._paging.cold and self._shards.is_settled
+        return few and not self._paging.cold and self._shards.is_settled and self._shards.is_in_memory()
 
     def _asked(
         self, ids: Any, rows: Any, view: int, digest: str | None, on_missing: str, limits: Limits | None = None

@@ -6,6 +6,7 @@ It trusts the files it is given: `admission` checks them before.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -33,6 +34,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 class MappedArray:
@@ -53,6 +55,7 @@ class MappedArray:
         begin = -whole.ctypes.data % _HUGE_PAGE
         self._bytes = whole[begin : begin + chunks * chunk_bytes]
         self._address = self._bytes.ctypes.data
+        self._row_bytes = dtype.itemsize * math.prod(row_shape)
         self.rows = self._bytes.view(dtype).reshape(-1, *row_shape)
         if self.rows.flags.writeable:
             self.rows.flags.writeable = False
@@ -86,13 +89,19 @@ class MappedArray:
         self, first: Int64[np.ndarray, " runs"], counts: Int64[np.ndarray, " runs"] | int
     ) -> UInt64[np.ndarray, "runs 2"]:
         """Address and length of the pages that hold ``counts`` rows from each of the ``first`` ones."""
-        row_bytes = self.rows.strides[0]
+        row_bytes = self._row_bytes
         begin = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         end = -((first + counts) * row_bytes // -mmap.PAGESIZE) * mmap.PAGESIZE
         return np.stack([begin + self._address, end - begin], axis=1).astype(np.uint64)
 
+    def in_memory(self, row: int) -> bool:
+        """The page of this row is in memory, as far as the kernel tells: of other users' files it says so of all."""
+        resident = ctypes.create_string_buffer(b"\1", 1)
+        _libc.mincore(self._address + row * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE, 1, resident)
+        return resident.raw != b"\0"
 
-def will_need(pages: Iterable[UInt64[np.ndarray, "runs 2"]]) -> None:
+
+def will_need(pages: Iterable[UInt64[np.ndarray, "_ 2"]]) -> None:
     """Have the kernel read these pages from the disk, all at once and without waiting for them.
 
     It is advice: where it is refused, the pages are read one by one as they are touched.

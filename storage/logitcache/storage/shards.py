@@ -43,6 +43,12 @@ REFRESH_S = 0.5
 SCRUB_PAUSE_S = 0.05
 """Seconds between two shards of a scrub, so that it leaves the disk to those who wait for rows."""
 
+SAMPLED = 3
+"""Rows that are looked at to tell whether a label set is in memory: enough if most of it is not."""
+
+WEYL = 0x9E3779B97F4A7C15
+"""Step of a sequence whose values fill their range evenly, at less cost than a generator of random numbers."""
+
 log = logging.getLogger("logitcache.storage")
 
 
@@ -104,7 +110,7 @@ class Shards:
         self._condemned: dict[int, FileKey] = {}
         self._keys: dict[int, FileKey] = {}
         self._stamps = Stamps(places.stamps)
-        self._serial = 0
+        self._serial = self._drawn = 0
         self._looked_at = 0.0
         self._signature: Signature | None = None
         self._closing = threading.Event()
@@ -126,6 +132,17 @@ class Shards:
         """All shards are served, and the folder was looked at a moment ago: there is nothing to do but to read."""
         indexed = self.state.layout.identity.ids == "ordinal" or self.state.commits is self._indexed_commits
         return self.state.all_served and indexed and time.monotonic() - self._looked_at <= REFRESH_S
+
+    def is_in_memory(self) -> bool:
+        """A few rows all over are in memory. All shards must be served."""
+        layout, logits = self.state.layout, self._arrays["logits"]
+        for _ in range(SAMPLED):
+            self._drawn = (self._drawn + WEYL) % 2**64
+            shard = self._drawn * self.state.served_shards >> 64
+            row = (self._drawn % 2**32) * layout.shard_rows[shard] >> 32
+            if not logits.in_memory(shard * layout.rows_per_shard + row):
+                return False
+        return True
 
     def refresh(self) -> None:
         """Look for commits and generations that others made or withdrew."""
