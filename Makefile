@@ -8,11 +8,11 @@ TORCH_INDEX_URL ?=
 PIP_ARGS ?=
 # More words for pytest, such as PYTEST_ARGS='tests/labels -x'.
 PYTEST_ARGS ?=
-# More words for the benchmark, such as BENCH_ARGS='--only http'.
+# More words for benchmarks/fetch.py, such as BENCH_ARGS='--only http'.
 BENCH_ARGS ?=
 OUT ?= demo-output
 
-BENCH_RESULT := benchmarks/results/fetch-$(shell date +%F)-$(shell nproc)-cores
+BENCH_RESULT = benchmarks/results/$(1)-$(shell date +%F)-$(shell nproc)-cores
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check \
@@ -20,10 +20,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench proof lock clean
+.PHONY: help demo test check format bench bench-long proof lock clean
 
 help: ## Say what the targets do
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX_URL=$(TORCH_INDEX_URL) PIP_ARGS=$(PIP_ARGS) PYTEST_ARGS=$(PYTEST_ARGS)"
 
@@ -43,8 +43,18 @@ format: $(INSTALLED) ## Mend what `check` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Rows a second, local and over HTTP, beside what people use instead: some minutes
-	$(BIN)/python benchmarks/fetch.py --out $(BENCH_RESULT).json --plot $(BENCH_RESULT).png $(BENCH_ARGS)
+bench: $(INSTALLED) ## Rows a second beside what people use instead, clients at once, cold pages, many shards: six minutes
+	$(BIN)/python benchmarks/fetch.py --out $(call BENCH_RESULT,fetch).json --plot $(call BENCH_RESULT,fetch).png $(BENCH_ARGS)
+	$(BIN)/python benchmarks/clients.py --out $(call BENCH_RESULT,clients).json
+	$(BIN)/python benchmarks/cold.py --out $(call BENCH_RESULT,cold).json
+	$(BIN)/python benchmarks/sparse.py --out $(call BENCH_RESULT,sparse).json
+
+bench-long: $(INSTALLED) ## Training steps with labels over HTTP, over a slow link, and the cost of labelling: half an hour
+	$(BIN)/python benchmarks/step.py --out $(call BENCH_RESULT,step).json
+	$(BIN)/python benchmarks/step.py --link 1Gbit --steps 400 --out $(call BENCH_RESULT,step-1gbit).json
+	$(BIN)/python benchmarks/step.py --link 3Mbit --steps 200 --out $(call BENCH_RESULT,step-3mbit).json
+	$(BIN)/python benchmarks/labelling.py --out $(call BENCH_RESULT,labelling).json
+	$(BIN)/python benchmarks/labelling.py --tokens --out $(call BENCH_RESULT,labelling-tokens).json
 
 proof: $(INSTALLED) ## The tests that take minutes
 	$(BIN)/python -m pytest -m proof $(PYTEST_ARGS)

@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` is found when run as a script
 
 from benchmarks.machine import machine
-from benchmarks.report import spread
+from benchmarks.report import spread, unused
 
 from logitcache.server.labelling.precompute import precompute
 from logitcache.server.labelling.preparation import Request, prepare
@@ -316,8 +316,8 @@ def main(
         for place in places[:20]:
             print(f"  {place['s']:7.3f} s  {place['thread']:12} {place['in']}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(run, indent=1) + "\n")
+        (path := unused(out)).write_text(json.dumps(run, indent=1) + "\n")
+        print(f"written: {path}")
     if not all(run["bounds"].values()):
         sys.exit(f"missed: more than {BOUND}")
 
