@@ -9,8 +9,10 @@ steps, each with a loader of its own over the same dataset, batches drawn anew, 
 - *memory*: the label set's arrays in memory, gathered by NumPy at the step and converted like any soft labels;
 - *workers*: a memmap of each array, read by the loader's workers with the inputs: what people do without a server.
 
-Blocks of steps alternate in ABBA order (attached, memory, workers, workers, memory, attached), and only blocks of one
-such unit are compared; the interval is a bootstrap over units. The goals, set before it was measured: the mean step
+Blocks of steps alternate in ABBA order: each unit draws an order of the arms, and takes it forwards and backwards. Only
+blocks of one unit are compared; the interval is a bootstrap over units. Waits for labels are those that `labels.stats`
+tells at the end; beside them stands what `attach` adds to a step's time in the loader itself, as seen from outside,
+which includes making tensors of the labels. The goals, set before it was measured: the mean step
 with attached labels is within 1 % of that with labels in memory, the median wait at most 0.1 ms and its 99th
 percentile at most 2 ms. With `--link` the server is behind a link of that rate and round trip; the goals are the same
 wherever the rate suffices for a batch a step, which is printed.
@@ -40,7 +42,7 @@ from benchmarks.report import aligned, unused
 from benchmarks.rows import CLASSES, Arrays, Source, write_label_set
 from benchmarks.servers import Server, cpu_clock, started
 
-from logitcache.client import connect
+from logitcache.client import Stats, connect
 from logitcache.client.losses import distillation_loss
 from logitcache.client.tensors import SoftLabelTensors
 from logitcache.labels.soft_labels import SoftLabels
@@ -48,7 +50,6 @@ from logitcache.labels.soft_labels import SoftLabels
 STEP_MS = 70.0
 FEATURES, INPUTS = 256, 4096
 ARMS = ("attached", "memory", "workers")
-UNIT = (*ARMS, *reversed(ARMS))
 WITHIN, MEDIAN_MS, P99_MS = 0.01, 0.1, 2.0
 RESAMPLES = 10_000
 UNCOUNTED_UNITS = 1
@@ -112,37 +113,64 @@ def calibrated(batch: int, soft: SoftLabelTensors, step_ms: float) -> tuple[Stud
     """A student whose step takes about so long, and its width."""
     inputs, classes = torch.randn(batch, FEATURES), torch.arange(batch) % CLASSES
     width = 512
-    for _ in range(4):
+    for _ in range(6):
         student = Student(width)
         taken = []
         for _ in range(6):
             began = time.perf_counter()
             student.step(inputs, classes, soft)
             taken.append(1000 * (time.perf_counter() - began))
-        # Most of the work grows with the width's square; a step too far is taken back by the next.
-        width = int(np.clip(width * (step_ms / np.median(taken[1:])) ** 0.6, 64, 16_384))
+        # Most of the work grows with the width's square; a step too far is taken back by the next. The quickest counts:
+        # what else runs now would make the student too small for the rest of the run.
+        width = int(np.clip(width * (step_ms / min(taken[1:])) ** 0.6, 64, 16_384))
     return Student(width), width
+
+
+class Timed:
+    """A loader that adds up the milliseconds that its batches took."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader, self.milliseconds = loader, 0.0
+        self.workers: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)  # now, and not with the first batch: this forks the workers
+        self.workers = workers_of(batches)
+        return self._timed(batches)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.milliseconds += 1000 * (time.perf_counter() - began)
+            if batch is None:
+                return
+            yield batch
 
 
 class Arm:
     """One way to get labels: batches with them, without an end."""
 
-    def __init__(self, name: str, batches: Iterator[Any], workers: list[int]) -> None:
-        self.name, self._batches, self._workers = name, batches, workers
+    def __init__(self, batches: Iterator[Any], loader: Timed) -> None:
+        self._batches, self._loader = batches, loader
 
     def run(self, student: Student, steps: int, server: int) -> dict[str, Any]:
-        """So many steps: milliseconds of each, and of its wait for a batch with labels; processor seconds in all."""
-        clocks = [time.process_time, *(cpu_clock(worker) for worker in self._workers), cpu_clock(server)]
+        """So many steps: milliseconds of each, of its wait for a batch with labels, and of that beyond the loader's;
+        processor seconds in all, those of the loader's workers included.
+        """
+        clocks = [time.process_time, *(cpu_clock(worker) for worker in self._loader.workers), cpu_clock(server)]
         before = [clock() for clock in clocks]
-        waits, whole = [], []
+        waits, beyond, whole = [], [], []
         for _ in range(steps):
-            began = time.perf_counter()
+            loading, began = self._loader.milliseconds, time.perf_counter()
             inputs, classes, soft = next(self._batches)
             waits.append(1000 * (time.perf_counter() - began))
+            beyond.append(waits[-1] - (self._loader.milliseconds - loading))
             student.step(inputs, classes, soft)
             whole.append(1000 * (time.perf_counter() - began))
         *training, serving = (clock() - was for clock, was in zip(clocks, before, strict=True))
-        return {"step_ms": whole, "next_ms": waits, "cpu_s": sum(training), "server_cpu_s": serving}
+        spent = {"cpu_s": sum(training), "server_cpu_s": serving}
+        return {"step_ms": whole, "next_ms": waits, "beyond_loader_ms": beyond} | spent
 
 
 def loader_of(dataset: Inputs, batch: int, steps: int, workers: int) -> DataLoader[Any]:
@@ -164,30 +192,34 @@ def interval(attached: np.ndarray, memory: np.ndarray, rng: np.random.Generator)
     return {"ratio": float(attached.mean() / memory.mean()), "low": low, "high": high}
 
 
-def figures(units: list[dict[str, list[dict[str, Any]]]], waits_ms: np.ndarray, seed: int) -> dict[str, Any]:
-    """What was found, by arm; ``waits_ms`` are those for labels alone, as `attach` counts them."""
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(("median", "p99", "max"), np.quantile(values, (0.5, 0.99, 1)).tolist(), strict=True))
+
+
+def figures(units: list[dict[str, list[dict[str, Any]]]], stats: Stats, seed: int) -> dict[str, Any]:
+    """What was found, by arm; ``stats`` are those of all steps with attached labels, the first ones included."""
     rng = np.random.default_rng(seed)
     means = {arm: np.array([np.mean([b["step_ms"] for b in unit[arm]]) for unit in units]) for arm in ARMS}
     arms = {}
     for arm in ARMS:
         blocks = [block for unit in units for block in unit[arm]]
         taken = np.concatenate([block["step_ms"] for block in blocks])
-        nexts = np.concatenate([block["next_ms"] for block in blocks])
         count = len(taken)
         arms[arm] = {
             "steps": count,
             "mean_ms": float(taken.mean()),
             "median_ms": float(np.median(taken)),
-            "next_ms": dict(zip(("median", "p99", "max"), np.quantile(nexts, (0.5, 0.99, 1)).tolist(), strict=True)),
+            "next_ms": _spread(np.concatenate([block["next_ms"] for block in blocks])),
+            "beyond_loader_ms": _spread(np.concatenate([block["beyond_loader_ms"] for block in blocks])),
             "cpu_ms": 1000 * sum(block["cpu_s"] for block in blocks) / count,
             "server_cpu_ms": 1000 * sum(block["server_cpu_s"] for block in blocks) / count,
         }
-    median, p99, most = np.quantile(waits_ms, (0.5, 0.99, 1)).tolist()
+    median, p99, most = stats.waited_ms_median, stats.waited_ms_p99, stats.waited_ms_max
     against = {arm: interval(means["attached"], means[arm], rng) for arm in ("memory", "workers")}
     return {
         "arms": arms,
         "attached_against": against,
-        "wait_ms": {"median": median, "p99": p99, "max": most, "steps": len(waits_ms)},
+        "wait_ms": {"median": median, "p99": p99, "max": most, "steps": stats.steps},
         "goals": {
             f"mean step within {WITHIN:.0%} of memory": against["memory"]["ratio"] <= 1 + WITHIN,
             f"median wait at most {MEDIAN_MS} ms": median <= MEDIAN_MS,
@@ -208,6 +240,9 @@ def told(found: dict[str, Any]) -> str:
         text += f"\nattached against {arm}: {ratio['ratio']:.4f} (95 %: {ratio['low']:.4f} to {ratio['high']:.4f})"
     wait = found["wait_ms"]
     text += f"\nwaits for labels: median {wait['median']:.3f}, p99 {wait['p99']:.3f}, max {wait['max']:.3f} ms"
+    for name, arm in found["arms"].items():
+        beyond = ", ".join(f"{which} {value:.3f}" for which, value in arm["beyond_loader_ms"].items())
+        text += f"\n  next() beyond the loader's own, {name}: {beyond} ms"
     return text + "".join(f"\n  {goal}: {'met' if met else 'MISSED'}" for goal, met in found["goals"].items())
 
 
@@ -265,6 +300,7 @@ def main(
     if quick:
         rows, batch, steps, block, step_ms = 8192, 64, 8, 4, 2.0
     source, seed = Source(rows), int(np.random.SeedSequence().generate_state(1)[0])
+    here = machine()
     torch.manual_seed(seed)
     bits_per_s = None if rate is None else parse_rate(rate)
     with tempfile.TemporaryDirectory(prefix="logitcache-bench-") as name, ExitStack() as stack:
@@ -288,47 +324,34 @@ def main(
         units_wanted = -(-steps // (2 * block)) + UNCOUNTED_UNITS
         total = 2 * block * units_wanted + 64
         plain, mapped = Inputs(rows), Inputs(rows, files)
-        loaders = [loader_of(dataset, batch, total, workers) for dataset in (plain, plain, mapped)]
+        loaders = [Timed(loader_of(dataset, batch, total, workers)) for dataset in (plain, plain, mapped)]
         attached = labels.attach(loaders[0], ids=0, device="cpu")
         of_attached, of_memory, of_workers = iter(attached), iter(loaders[1]), iter(loaders[2])
-        waits_ms: list[float] = []
-
-        def with_attached() -> Iterator[Any]:
-            before = labels.stats.waited_ms
-            for (_, inputs, classes), soft in of_attached:
-                now = labels.stats.waited_ms
-                waits_ms.append(now - before)
-                before = now
-                yield inputs, classes, soft
-
-        arms = {
-            "attached": Arm("attached", with_attached(), []),
-            "memory": Arm("memory", ((x, y, from_memory(ids)) for ids, x, y in of_memory), workers_of(of_memory)),
-            "workers": Arm(
-                "workers",
-                (
-                    (x, y, SoftLabelTensors.of(soft_labels({n: t.numpy() for n, t in arrays.items()}), "cpu"))
-                    for _, x, y, arrays in of_workers
-                ),
-                workers_of(of_workers),
+        batches: tuple[Iterator[Any], ...] = (
+            ((inputs, classes, soft) for (_, inputs, classes), soft in of_attached),
+            ((inputs, classes, from_memory(ids)) for ids, inputs, classes in of_memory),
+            (
+                (x, y, SoftLabelTensors.of(soft_labels({n: t.numpy() for n, t in arrays.items()}), "cpu"))
+                for _, x, y, arrays in of_workers
             ),
-        }
+        )
+        arms = {name: Arm(each, loader) for name, each, loader in zip(ARMS, batches, loaders, strict=True)}
+        orders: list[list[str]] = []
+        rng = np.random.default_rng(seed)
         units: list[dict[str, list[dict[str, Any]]]] = []
         for number in range(units_wanted):
-            if number == UNCOUNTED_UNITS:
-                waits_ms.clear()
             unit: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-            for arm in UNIT:
+            orders.append(rng.permutation(ARMS).tolist())
+            for arm in (*orders[-1], *reversed(orders[-1])):
                 unit[arm].append(arms[arm].run(student, block, server.pid))
             units.append(unit)
             if sys.stderr.isatty():
                 print(f"\runit {number + 1} of {units_wanted}", end="", file=sys.stderr)
-        counted = np.array(waits_ms)
         stats = labels.stats
-    found = figures(units[UNCOUNTED_UNITS:], counted, seed)
+    found = figures(units[UNCOUNTED_UNITS:], stats, seed)
     settings: dict[str, Any] = {
         "rows": rows, "batch": batch, "block": block, "workers": workers, "width": width, "seed": seed,
-        "order": UNIT, "link": rate, "delay_ms": None if rate is None else delay_ms,
+        "orders": orders, "link": rate, "delay_ms": None if rate is None else delay_ms,
         "bytes_a_step": stats.step_bytes_mean, "depth": stats.depth,
     }  # fmt: skip
     print(told(found))
@@ -344,7 +367,7 @@ def main(
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "settings": settings,
         }
-        run |= {"machine": machine()} | found | {"units": units}
+        run |= {"machine": here} | found | {"units": units}
         (path := unused(out)).write_text(json.dumps(run, indent=1) + "\n")
         print(f"written: {path}")
 

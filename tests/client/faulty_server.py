@@ -90,6 +90,12 @@ class Exchange(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.drop()
 
+    def stop_in_the_head(self) -> None:
+        """Close the connection in the middle of a header line."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Ty")
+        self.wfile.flush()
+        self.drop()
+
     def trickle_body(self) -> None:
         """One byte at a time, with no end in sight."""
         self.send_response(200)
@@ -184,3 +190,13 @@ def busy(status: int = 503, **headers: str) -> Callable[[Exchange], None]:
 
 def answering(status: int, media_type: str, body: bytes) -> Callable[[Exchange], None]:
     return lambda exchange: exchange.send(status, media_type, body)
+
+
+def encoded(encoding: str) -> Callable[[Exchange], None]:
+    """The right answer, said to be encoded so."""
+
+    def fault(exchange: Exchange) -> None:
+        body = exchange.server.owner.rows_for(exchange.body)
+        exchange.send(200, wire.MEDIA_TYPE, body, Content_Encoding=encoding)
+
+    return fault

@@ -38,6 +38,9 @@ from logitcache.labels.soft_labels import SoftLabels
         ("https://example.org/teachers/r50.v2/", "https://example.org/teachers", "r50.v2"),
         ("http://localhost:8000/v1/label-sets/digits", "http://localhost:8000", "digits"),
         ("http://[::1]:8000/digits", "http://[::1]:8000", "digits"),
+        ("HTTPS://Example.org:443/a/digits?#", "https://example.org/a", "digits"),
+        ("http://bücher.example/ü b/digits", "http://xn--bcher-kva.example/%C3%BC%20b", "digits"),
+        ("http://host/a%2Fb%2520c%3F%0d/dig%69ts", "http://host/a%2Fb%2520c%3F%0d", "digits"),
     ],
 )
 def test_a_url_is_a_base_and_a_name(text: str, base_url: str, name: str) -> None:

@@ -4,14 +4,14 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from tests.client.faulty_server import Exchange, FaultyServer, answering, busy
+from tests.client.faulty_server import Exchange, FaultyServer, answering, busy, encoded
 from tests.client.rows import DIGEST, picked
 
 from logitcache.client import HttpLabelSet
@@ -23,6 +23,7 @@ from logitcache.labels.errors import (
     DeadlineExceeded,
     DigestChanged,
     InvalidIds,
+    InvalidName,
     InvalidRequest,
     LabelSetNotFound,
     MalformedMessage,
@@ -161,8 +162,11 @@ def test_a_dropped_connection_is_asked_again_at_once(
     assert (tally.snapshot().requests, tally.snapshot().retries) == (2, 1)
 
 
-def test_a_body_cut_off_half_way_is_asked_for_again(reader: Readers, server: FaultyServer, soft: SoftLabels) -> None:
-    server.faults.extend([Exchange.stop_half_way, Exchange.stop_half_way])
+@pytest.mark.parametrize("fault", [Exchange.stop_half_way, Exchange.stop_in_the_head])
+def test_an_answer_that_is_cut_off_is_asked_for_again(
+    reader: Readers, server: FaultyServer, soft: SoftLabels, fault: Callable[[Exchange], None]
+) -> None:
+    server.faults.extend([fault, fault])
     assert_rows(reader(server).fetch(range(100)), soft, list(range(100)))
 
 
@@ -287,6 +291,26 @@ def test_an_html_page_is_not_taken_for_labels(reader: Readers, server: FaultySer
         server.faults.append(answering(status, "text/html", b"<html>"))
         with pytest.raises(kind, match=r"127\.0\.0\.1"):
             reader(server).fetch([5])
+
+
+def test_a_compressed_answer_is_refused_and_says_who_must_change(reader: Readers, server: FaultyServer) -> None:
+    for encoding in ("identity", "Identity", " identity"):
+        server.faults.append(encoded(encoding))
+        assert len(reader(server).fetch([5])) == 1
+    server.faults.append(encoded("gzip"))
+    with pytest.raises(MalformedMessage, match=r"compressed as 'gzip'.* a proxy in between"):
+        reader(server).fetch([5])
+
+
+@pytest.mark.parametrize("base_url", ["http://host/a b", "http://host/ü", "http://host/\r\nX: y", ""])
+def test_a_base_url_that_is_not_percent_encoded_is_refused(base_url: str) -> None:
+    with pytest.raises(InvalidRequest, match="not percent-encoded"):
+        HttpLabelSet(base_url, "digits")
+
+
+def test_a_name_that_no_label_set_can_have_is_refused() -> None:
+    with pytest.raises(InvalidName):
+        HttpLabelSet("http://host", "digits HTTP/1.1\r\nX: y")
 
 
 def test_another_transport_can_be_put_in_place_of_the_network() -> None:

@@ -20,6 +20,29 @@ def test_order_duplicates_and_all_64_bits_are_kept(ids: list[int]) -> None:
     assert as_ids(torch.tensor(ids)).keys.tolist() == ids
 
 
+class Subclass(np.ndarray):
+    """An array that is more than one."""
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([1, -2, 3], ">i8"),
+        np.array([1, 9, -2, 9, 3])[::2],
+        np.array([3, -2, 1])[::-1],
+        np.array([1, -2, 3]).view(Subclass),
+        np.frombuffer(np.array([1, -2, 3]).tobytes(), np.int64),
+        np.frombuffer(b"x" + np.array([1, -2, 3]).tobytes(), np.int64, offset=1),
+        np.array([1, -2, 3], np.int8),
+    ],
+    ids=["big-endian", "strided", "backwards", "subclass", "read-only", "unaligned", "narrow"],
+)
+def test_arrays_of_any_layout_become_the_same_keys(ids: np.ndarray) -> None:
+    keys = as_ids(ids).keys
+    assert (keys.tolist(), keys.dtype, keys.flags.c_contiguous) == ([1, -2, 3], np.dtype(np.int64), True)
+    assert type(keys) is np.ndarray
+
+
 @pytest.mark.parametrize(
     ("ids", "named"),
     [
@@ -32,6 +55,8 @@ def test_order_duplicates_and_all_64_bits_are_kept(ids: list[int]) -> None:
         (np.array([2**63], np.uint64), str(2**63)),
         (np.array([True]), "True"),
         (torch.tensor([0.5]), "0.5"),
+        (np.array([3], "m8[s]"), "timedelta64"),
+        (np.array([3], "M8[s]"), "datetime64"),
         ([[1], [2, 3]], "whole numbers"),
         (["x", 3], "3"),
         (["x", ""], "empty"),

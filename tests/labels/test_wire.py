@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ ATTACKS = {
     "a side that is a boolean": header(one(shape=[True]), b"8bytes.."),
     "a side that is a float": header(one(shape=[1.0]), b"8bytes.."),
     "sides whose product overflows": header(one(shape=[2**47, 2**47]), b"8bytes.."),
+    "sides whose product overflows beside one of 0": header(one(shape=[2**47, 0, 2**47], data_offsets=[0, 0])),
     "too many sides": header(one(shape=[1] * 64), b"8bytes.."),
     "offsets beyond the body": header(one(data_offsets=[0, 1 << 30], shape=[1 << 27]), b"8bytes.."),
     "offsets backwards": header(one(data_offsets=[8, 0]), b"8bytes.."),
@@ -127,6 +129,37 @@ ATTACKS = {
 def test_a_malformed_body_is_refused(attack: str) -> None:
     with pytest.raises(MalformedMessage):
         wire.parse(ATTACKS[attack])
+
+
+def test_a_body_is_read_anew_where_only_its_header_or_only_its_arrays_were_seen_before() -> None:
+    first, second = wire.encode({"a": np.arange(3)}, {"x": "1"}), wire.encode({"a": np.arange(3) + 7}, {"x": "1"})
+    for body, expected in ((first, [0, 1, 2]), (second, [7, 8, 9]), (first, [0, 1, 2])):
+        arrays, metadata = wire.parse(bytearray(body))
+        assert (arrays["a"].tolist(), metadata) == (expected, {"x": "1"})
+        arrays["a"][:], metadata["x"] = 5, "2"
+    for body in (first[:-8], first + b"8bytes.."):
+        with pytest.raises(MalformedMessage):
+            wire.parse(body)
+    assert wire.parse(wire.encode({"b": np.arange(3)}, {"x": "1"}))[0].keys() == {"b"}
+    assert wire.parse(wire.encode({"a": np.arange(3)}, {"x": "2"}))[1] == {"x": "2"}
+
+
+def test_headers_that_never_come_again_take_no_more_memory_than_a_few_of_them() -> None:
+    spec = RowSpec(1, "uint16", "float16", (1.0,))
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(1, 1).items()}
+
+    def read(numbers: range) -> int:
+        for number in numbers:
+            wire.parse(header({"__metadata__": {"x": f"{number:01500}"}}))
+            wire.decode_rows(wire.encode(arrays, wire.row_metadata(spec.temperatures, f"{number:01500}")))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = read(range(260))
+        assert read(range(260, 460)) - before < 500_000
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))

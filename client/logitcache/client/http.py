@@ -4,6 +4,7 @@ It splits what is above the server's limits, asks again when an error will pass,
 anyone uses it. It knows routes and media types, and nothing of torch or of files.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from logitcache.labels.errors import (
     ServerUnreachable,
     TooManyRows,
 )
+from logitcache.labels.identity import check_name
 from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import Description, OnMissing
 from logitcache.labels.ranges import Ranges, as_ranges
@@ -63,12 +65,16 @@ class HttpLabelSet:
     """Reader of the label set ``name`` at ``base_url``. Safe to use from several threads; not across a fork.
 
     Args:
-        base_url: what stands before ``/v1/label-sets``, without a trailing slash.
+        base_url: what stands before ``/v1/label-sets``, percent-encoded, without a trailing slash.
         name: the label set's name.
         timeout_s: total seconds that one call may take, retries and parts included.
         retries: attempts after the first; None means as many as fit into ``timeout_s``.
         transport: in place of connections of its own; `httpx_transport.HttpxTransport` makes one of any of httpx.
         tally: where requests and retries are counted.
+
+    Raises:
+        InvalidName: ``name`` cannot be a label set's name.
+        InvalidRequest: ``base_url`` is not percent-encoded, or ``retries`` is no count.
     """
 
     def __init__(
@@ -85,7 +91,9 @@ class HttpLabelSet:
             raise InvalidRequest(
                 f"retries={retries!r} is no count: give 0 for none, or None for as many as time allows"
             )
-        self.base_url, self.name = base_url, name
+        if not re.fullmatch(r"[!-~]+", base_url):
+            raise InvalidRequest(f"base_url={base_url!r} is not percent-encoded; `connect` takes it as it is")
+        self.base_url, self.name = base_url, check_name(name)
         self._path = f"/v1/label-sets/{name}"
         self.url = base_url + self._path
         """The address of the label set's description."""
@@ -271,7 +279,7 @@ class HttpLabelSet:
 
 
 def _own_transport(base_url: str) -> Transport:
-    if not base_url.startswith("https:"):
+    if not base_url.lower().startswith("https:"):
         return DirectTransport(base_url)
     import httpx  # for its choice of certificates alone
 

@@ -23,7 +23,7 @@ def check_answer(answer: Answer, url: str, accept: str) -> None:
         raise MalformedMessage(
             f"{url} answered with {media_type or 'no media type'} and not {accept}: is that a logitcache server?"
         )
-    if (encoding := answer.headers.get("content-encoding", "identity")) != "identity":
+    if (encoding := answer.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise MalformedMessage(
             f"{url} sends a body compressed as {encoding[:40]!r}, though it was asked not to; a proxy in between that "
             "compresses must be told to leave these answers as they are"

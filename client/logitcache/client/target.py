@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 
@@ -55,11 +56,12 @@ def parse_target(target: str | Path) -> HttpTarget | Path:
         )
     if url.userinfo or url.query or url.fragment:
         raise InvalidRequest("a label set's URL has no password, query or fragment: write http://HOST:PORT/NAME")
-    prefix, _, name = url.path.rstrip("/").rpartition("/")
+    # The prefix stays as it is encoded: %2F is no slash.
+    prefix, _, name = url.raw_path.decode("ascii").partition("?")[0].rstrip("/").rpartition("/")
     if not name:
         raise InvalidRequest(f"{text!r} names no label set: write {text.rstrip('/')}/NAME")
-    base = str(url.copy_with(path=prefix.removesuffix("/v1/label-sets") or "/")).rstrip("/")
-    return HttpTarget(base, check_name(name))
+    base = str(url.copy_with(path=prefix.removesuffix("/v1/label-sets") or "/", query=None, fragment=None))
+    return HttpTarget(base.rstrip("/"), check_name(unquote(name)))
 
 
 def open_label_set(target: HttpTarget | Path, *, timeout_s: float, retries: int | None, tally: Tally) -> LabelSet:

@@ -2,19 +2,21 @@
 
 A request goes out in one piece. A response whose length stands in front, as our servers send it, is received straight
 into the memory that its arrays will be views of; any other is left to the standard library. Before each receive the
-time that is left is set, so that a trickle of bytes, or of header lines, ends in time. It knows nothing of label sets,
-and connects directly: no proxies.
+time that is left is set, so that a trickle of bytes, or of header lines, ends in time; only the look-up of a host's
+name takes as long as it takes. It knows nothing of label sets, and connects directly: no proxies.
 """
 
 import http.client
 import io
+import re
 import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ssl import SSLContext
+from ssl import SSLContext, SSLSocket
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -33,6 +35,11 @@ MAX_TEXT_BYTES = 16 << 20
 """A description or a problem above this is refused; a problem that names 65,536 missing ids takes about 3 MB."""
 
 _HEAD_BYTES = 16 << 10
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+
+_PLAIN_HEAD = re.compile(r"HTTP/1\.1 ([2-5][0-9]{2})(?: [^\r\n]*)?((?:\r\n[\w!#$%&'*+.^`|~-]+:[^\r\n]*)*)\r?", re.ASCII)
+"""A head that all readers read alike: no line that is folded, ends otherwise, or is no header."""
 
 
 class ConnectFailed(Exception):
@@ -81,8 +88,8 @@ class Transport(Protocol):
         """The response to one request.
 
         Args:
-            method: of HTTP.
-            path: what follows the address that the transport was made for.
+            method: GET or POST.
+            path: what follows the address that the transport was made for, percent-encoded.
             headers: besides those of the transport itself.
             content: the request's body.
             most_bytes: of the body of a success; that of another answer may have `MAX_TEXT_BYTES`.
@@ -98,7 +105,7 @@ class Transport(Protocol):
 
 
 class DirectTransport:
-    """A pool of kept connections to one address; see `Transport`. Not across a fork."""
+    """A pool of kept connections to one address, percent-encoded ASCII; see `Transport`. Not across a fork."""
 
     def __init__(self, base_url: str, ssl_context: SSLContext | None = None) -> None:
         url = urlsplit(base_url)
@@ -123,15 +130,17 @@ class DirectTransport:
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if content is not None:
             lines.append(f"Content-Length: {len(content)}")
+        request = "\r\n".join((*lines, "\r\n")).encode("ascii") + (content or b"")
         connection = self._taken(deadline)
         kept = False
         try:
-            connection.send("\r\n".join((*lines, "\r\n")).encode("ascii") + (content or b""))
-            answer, kept = connection.receive(method, most_bytes)
+            connection.send(request)
+            answer, kept = connection.receive(most_bytes)
         finally:
-            if not kept:
+            if kept:
+                self._give_back(connection)
+            else:
                 connection.close()
-        self._give_back(connection)
         return answer
 
     def _taken(self, deadline: Deadline) -> "_Connection":
@@ -145,11 +154,9 @@ class DirectTransport:
                     connection.deadline = deadline
                     return connection
                 connection.close()
-        return _Connection(self._address, self._ssl_context, deadline)
+        return _Connection(_connected(self._address, self._ssl_context, deadline), deadline)
 
     def _give_back(self, connection: "_Connection") -> None:
-        if connection.closed:
-            return
         with self._lock:
             if not self._closed and len(self._idle) < MOST_IDLE:
                 connection.idle_since_s = time.monotonic()
@@ -166,56 +173,36 @@ class DirectTransport:
             self._idle.clear()
 
 
-class _Connection(io.RawIOBase):
-    """One TCP or TLS connection, and the file of what arrives on it."""
+class _Connection:
+    """One TCP or TLS connection, and the deadline of the exchange that it is in."""
 
-    def __init__(self, address: tuple[str, int], ssl_context: SSLContext | None, deadline: Deadline) -> None:
-        self.deadline, self.idle_since_s = deadline, 0.0
+    def __init__(self, opened: socket.socket, deadline: Deadline) -> None:
+        self._socket, self.deadline, self.idle_since_s = opened, deadline, 0.0
         self._head = bytearray(_HEAD_BYTES)
-        try:
-            self._socket = socket.create_connection(address, self._remaining_s())
-            try:
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if ssl_context is not None:
-                    self._socket.settimeout(self._remaining_s())
-                    self._socket = ssl_context.wrap_socket(self._socket, server_hostname=address[0])
-            except BaseException:
-                self._socket.close()
-                raise
-        except TimeoutError as error:
-            raise AnswerLate(str(error)) from error
-        except (OSError, UnicodeError) as error:
-            raise ConnectFailed(str(error)) from error
-
-    def _remaining_s(self) -> float:
-        if not (remaining_s := self.deadline.remaining_s):
-            raise AnswerLate("the time allowed for the call is over")
-        return remaining_s
+        self.close = weakref.finalize(self, opened.close)  # hangs up, also where a transport is forgotten
 
     def has_arrived(self) -> bool:
         """There is something to read, be it the end."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(0)) or (isinstance(self._socket, SSLSocket) and self._socket.pending() > 0)
 
     def send(self, request: bytes) -> None:
         """Send a request. Where a server refuses it before it has read all, its answer is what counts."""
-        self._socket.settimeout(self._remaining_s())
+        rest = memoryview(request)
         try:
-            self._socket.sendall(request)
+            while rest:
+                self._socket.settimeout(_remaining_s(self.deadline))
+                rest = rest[self._socket.send(rest) :]
         except TimeoutError as error:
             raise AnswerLate(str(error)) from error
         except OSError as error:
             if not self.has_arrived():
                 raise ConnectionBroke(str(error)) from error
 
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def receive_into(self, buffer: Any) -> int:
         """Receive what has arrived, or wait for it as long as the deadline allows; 0 at the end."""
-        self._socket.settimeout(self._remaining_s())
+        self._socket.settimeout(_remaining_s(self.deadline))
         try:
             return self._socket.recv_into(buffer)
         except TimeoutError as error:
@@ -223,54 +210,58 @@ class _Connection(io.RawIOBase):
         except OSError as error:
             raise ConnectionBroke(str(error)) from error
 
-    def receive(self, method: str, most_bytes: int) -> tuple[Answer, bool]:
+    def receive(self, most_bytes: int) -> tuple[Answer, bool]:
         """The response, and whether the connection can be used again."""
-        head, got, end = memoryview(self._head), 0, -1
-        while end < 0 and got < len(head):
-            if not (more := self.readinto(head[got:])):
-                break
-            end = self._head.find(b"\r\n\r\n", max(0, got - 3), got + more)
+        head, got, end = memoryview(self._head), 0, None
+        while end is None and got < len(head) and (more := self.receive_into(head[got:])):
+            end = _HEAD_END.search(self._head, max(0, got - 2), got + more)
             got += more
-        plain = _parse_plain(bytes(head[:end])) if end >= 0 else None
-        if plain is None:
-            return self._receive_other(bytes(head[:got]), method, most_bytes), False
+        plain = None if end is None else _parse_plain(self._head[: end.start()])
+        if end is None or plain is None:
+            return self._receive_other(bytes(head[:got]), most_bytes), False
         status, headers, length = plain
         _check_length(length, status, most_bytes)
-        body = np.empty(length, np.uint8).data
-        filled = min(got - end - 4, length)
-        body[:filled] = head[end + 4 : end + 4 + filled]
+        body, begun = np.empty(length, np.uint8).data, head[end.end() : got]
+        filled = min(len(begun), length)
+        body[:filled] = begun[:filled]
         while filled < length:
-            if not (more := self.readinto(body[filled:])):
+            if not (more := self.receive_into(body[filled:])):
                 raise ConnectionBroke(f"it ended after {filled:,} of {length:,} bytes")
             filled += more
-        kept = headers.get("connection", "").lower() != "close" and got - end - 4 <= length
+        kept = "close" not in headers.get("connection", "").lower() and len(begun) <= length
         return Answer(status, headers, body), kept
 
-    def _receive_other(self, begun: bytes, method: str, most_bytes: int) -> Answer:
+    def _receive_other(self, begun: bytes, most_bytes: int) -> Answer:
         """A response that is chunked, has an interim one before it or no length, or is none; read by the library."""
-        answer = http.client.HTTPResponse(_Replayed(begun, self), method=method)  # type: ignore[arg-type]
+        source = _Replayed(begun, self, 2 * max(most_bytes, MAX_TEXT_BYTES))
+        answer = http.client.HTTPResponse(source)  # type: ignore[arg-type]
         try:
             answer.begin()
-            most = most_bytes if 200 <= answer.status < 300 else MAX_TEXT_BYTES
-            body = answer.read(most + 1)
+            while answer.status < 200:  # the library passes over 100 alone, and not over early hints
+                answer.headers = None  # type: ignore[assignment]
+                answer.begin()
+            lengths = set() if answer.chunked else set(answer.headers.get_all("content-length", ()))
+            if len(lengths) > 1 or (lengths and answer.length is None):
+                raise ConnectionBroke(f"its answer says that it has {' and '.join(sorted(lengths))[:80]} bytes")
+            source.may_end = answer.length is None and not answer.chunked
+            body = answer.read((most_bytes if 200 <= answer.status < 300 else MAX_TEXT_BYTES) + 1)
         except (http.client.HTTPException, ValueError) as error:
-            raise ConnectionBroke(f"{type(error).__name__}: {error}") from error
+            raise ConnectionBroke(f"{type(error).__name__}: {error}"[:200]) from error
         _check_length(len(body), answer.status, most_bytes)
         headers = {name.lower(): value for name, value in answer.getheaders()}
         return Answer(answer.status, headers, memoryview(bytearray(body)))
 
-    def close(self) -> None:
-        """Hang up."""
-        super().close()
-        if hasattr(self, "_socket"):
-            self._socket.close()
-
 
 class _Replayed(io.RawIOBase):
-    """What has arrived already, and then the rest: what the standard library takes for a socket."""
+    """What has arrived already, and then the rest: what the standard library takes for a socket.
 
-    def __init__(self, begun: bytes, connection: _Connection) -> None:
-        self._begun, self._connection = begun, connection
+    The library would take a response that is cut off for a whole one. Until ``may_end`` says that the end of the
+    connection is that of the response, it is an error; and so are more than ``most_bytes``, framing included.
+    """
+
+    def __init__(self, begun: bytes, connection: _Connection, most_bytes: int) -> None:
+        self._begun, self._connection, self._left = begun, connection, most_bytes
+        self.may_end = False
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """The file to read from."""
@@ -282,34 +273,79 @@ class _Replayed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """The next bytes."""
-        if not self._begun:
-            return self._connection.readinto(buffer)
-        count = min(len(self._begun), len(buffer))
-        buffer[:count], self._begun = self._begun[:count], self._begun[count:]
+        if self._begun:
+            count = min(len(self._begun), len(buffer))
+            buffer[:count], self._begun = self._begun[:count], self._begun[count:]
+        elif not (count := self._connection.receive_into(buffer)) and not self.may_end:
+            raise ConnectionBroke("it ended before the answer did")
+        self._left -= count
+        if self._left < 0:
+            raise AnswerTooLong("more bytes than its answer can have, framing included")
         return count
 
 
-def _parse_plain(head: bytes) -> tuple[int, dict[str, str], int] | None:
+def _connected(address: tuple[str, int], ssl_context: SSLContext | None, deadline: Deadline) -> socket.socket:
+    """A connection to the first of a host's addresses that takes it."""
+    try:
+        opened = _opened(address, deadline)
+        try:
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if ssl_context is None:
+                return opened
+            opened.settimeout(_remaining_s(deadline))
+            return ssl_context.wrap_socket(opened, server_hostname=address[0])
+        except BaseException:
+            opened.close()
+            raise
+    except TimeoutError as error:
+        raise AnswerLate(str(error)) from error
+    except (OSError, UnicodeError) as error:
+        raise ConnectFailed(str(error)) from error
+
+
+def _opened(address: tuple[str, int], deadline: Deadline) -> socket.socket:
+    """As `socket.create_connection`, which allows each address the whole time anew."""
+    refused = OSError("the name has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        opened = socket.socket(family, kind, protocol)
+        try:
+            opened.settimeout(_remaining_s(deadline))
+            opened.connect(place)
+            return opened
+        except OSError as error:
+            opened.close()
+            refused = error
+        except BaseException:
+            opened.close()
+            raise
+    raise refused
+
+
+def _remaining_s(deadline: Deadline) -> float:
+    if not (remaining_s := deadline.remaining_s):
+        raise AnswerLate("the time allowed for the call is over")
+    return remaining_s
+
+
+def _parse_plain(head: bytes | bytearray) -> tuple[int, dict[str, str], int] | None:
     """Status, headers and length of a response as our servers send them; None where it takes more to understand it."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    version, _, rest = first.partition(" ")
-    status = rest[:3]
+    match = _PLAIN_HEAD.fullmatch(head.decode("latin-1"))
+    if match is None:
+        return None
     headers: dict[str, str] = {}
+    lines = match[2].split("\r\n")[1:]
     for line in lines:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip(" \t")
     length = headers.get("content-length", "")
     plain = (
-        version == "HTTP/1.1"
-        and status.isdecimal()
-        and status not in ("204", "304")
-        and 200 <= int(status) < 600
-        and length.isdecimal()
+        length.isdecimal()
         and len(length) < 16
         and "transfer-encoding" not in headers
         and len(headers) == len(lines)
+        and match[1] not in ("204", "304")
     )
-    return (int(status), headers, int(length)) if plain else None
+    return (int(match[1]), headers, int(length)) if plain else None
 
 
 def _check_length(length: int, status: int, most_bytes: int) -> None:

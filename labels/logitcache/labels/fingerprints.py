@@ -21,7 +21,7 @@ def fingerprint(input: Any) -> int:
     """
     dtype, array = _read(input)
     state = _begun(dtype, array.shape)
-    state.update(np.ascontiguousarray(array))
+    state.update(np.ascontiguousarray(array).data)
     return int(state.intdigest())
 
 

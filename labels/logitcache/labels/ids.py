@@ -145,7 +145,8 @@ def _texts(texts: Sequence[Any]) -> Ids:
 def _refuse(ids: Any, array: np.ndarray) -> None:
     """Name the first id that is wrong; NumPy has turned a mixed list into floats, texts or objects by now."""
     for value in ids if isinstance(ids, list | tuple) else array:
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        # NumPy counts a time span among its whole numbers.
+        if isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, int | np.integer):
             raise InvalidIds(f"id {repr(value)[:60]} is not a whole number, but {type(value).__name__}")
         if not -(2**63) <= int(value) < 2**63:
             raise InvalidIds(f"id {str(value)[:60]} is beyond 64 signed bits")

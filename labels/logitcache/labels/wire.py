@@ -165,7 +165,9 @@ def _read_header(text: bytes) -> tuple[list[tuple[str, np.dtype[Any], Shape, int
 
 def _read_field(name: str, entry: dict[str, Any]) -> tuple[str, np.dtype[Any], Shape, int, int]:
     dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end)) or len(shape) > 8:
+    whole = all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end))
+    # NumPy bounds the product of the sides that are not 0, even where one is.
+    if not whole or len(shape) > 8 or math.prod(side or 1 for side in shape) >= 2**48:
         raise ValueError(f"array {name!r} has an impossible shape or place")
     return name, dtype, shape, begin, end
 
