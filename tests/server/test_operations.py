@@ -1,5 +1,6 @@
 """What whoever runs the server relies on: health, readiness, metrics, logs, request ids, and faults that stay apart."""
 
+import asyncio
 import io
 import json
 import logging
@@ -18,7 +19,9 @@ from logitcache.labels.problem import from_problem
 from logitcache.server import logs
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.middleware import Observed
 from logitcache.server.http.serve import running
+from logitcache.storage.shards import Shards
 
 
 @pytest.fixture
@@ -35,9 +38,10 @@ def log() -> Iterator[io.StringIO]:
         root.propagate = propagate
 
 
-def events(log: io.StringIO, event: str) -> list[dict[str, Any]]:
+def events(log: io.StringIO, event: str | None = None) -> list[dict[str, Any]]:
+    """The lines of one event, or all."""
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
-    return [line for line in lines if line["event"] == event]
+    return [line for line in lines if event in (None, line["event"])]
 
 
 def metric(client: httpx.Client, start: str) -> float:
@@ -91,6 +95,40 @@ def test_lines_of_other_loggers_are_json_like_ours(log: io.StringIO) -> None:
     assert (line["logger"], line["level"]) == ("logitcache.storage", "error")
 
 
+def test_lines_of_all_loggers_name_the_request_that_they_belong_to(
+    own_store: Path, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that it is the request in whose thread the damage is found.
+    monkeypatch.setattr(Shards, "_start_verifier", lambda self: None)
+    chunk = own_store / "digits" / "logits" / "c.1.0"
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    with running(create_app(Catalog(own_store))) as url:
+        fetch = f"{url}/v1/label-sets/digits/fetch"
+        assert httpx.post(fetch, json={"ids": [5000]}, headers={"X-Request-Id": "found-it"}).status_code == 404
+    (line,) = [line for line in events(log) if "withdrawn" in line["event"]]
+    assert (line["logger"], line["request_id"]) == ("logitcache.storage", "found-it")
+    (line,) = events(log, "label set opened")
+    assert line["request_id"] == "found-it"
+
+
+def test_the_id_of_a_request_is_forgotten_after_it(log: io.StringIO) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        logs.logger("logitcache.tests").info("inside")
+        logs.logger("logitcache.tests").info("of another", request_id="theirs")
+
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError
+
+    async def answer() -> None:
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"mine")]}
+        await Observed(app, create_app(Catalog(Path("nowhere"))).state.metrics)(scope, nothing, nothing)
+        logs.logger("logitcache.tests").info("after")
+
+    asyncio.run(answer())
+    told = {line["event"]: line.get("request_id") for line in events(log)}
+    assert told == {"inside": "mine", "of another": "theirs", "request": "mine", "after": None}
+
+
 def test_at_a_terminal_a_log_line_is_for_a_person(log: io.StringIO) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -116,6 +154,25 @@ def test_metrics_count_requests_rows_bytes_and_errors(own_server: httpx.Client) 
     route = 'route="/v1/label-sets/{name}/fetch"'
     assert metric(own_server, f'logitcache_requests_total{{method="POST",{route},status="200"}}') == 1
     assert metric(own_server, f"logitcache_request_seconds_count{{{route}}}") == 2
+
+
+def test_requests_are_counted_apart_by_method_route_status_and_label_set(own_server: httpx.Client) -> None:
+    fetch = "/v1/label-sets/{}/fetch"
+    for name, ids in (("digits", [1]), ("half", [1, 2]), ("digits", [3, 4, 5]), ("half", [9999])):
+        own_server.post(fetch.format(name), json={"ids": ids})
+    own_server.get(fetch.format("digits"))
+    own_server.post("/v1/label-sets/digits/missing", json={"ids": [1]})
+    assert metric(own_server, 'logitcache_rows_served_total{label_set="digits"}') == 4
+    assert metric(own_server, 'logitcache_rows_served_total{label_set="half"}') == 2
+    for method, route, status, count in (
+        ("POST", "fetch", 200, 3),
+        ("POST", "fetch", 404, 1),
+        ("GET", "fetch", 405, 1),
+        ("POST", "missing", 200, 1),
+    ):
+        labels = f'method="{method}",route="/v1/label-sets/{{name}}/{route}",status="{status}"'
+        assert metric(own_server, f"logitcache_requests_total{{{labels}}}") == count
+    assert metric(own_server, 'logitcache_request_seconds_count{route="/v1/label-sets/{name}/fetch"}') == 5
 
 
 def test_gauges_tell_how_the_label_sets_stand(own_server: httpx.Client) -> None:

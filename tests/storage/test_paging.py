@@ -4,10 +4,13 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.building import build, reference
 
+from logitcache.storage import LocalLabelSet, mapping, shards
 from logitcache.storage.mapping import MappedArray, will_need
 from logitcache.storage.paging import FEW_FAULTS, FIXED_S, WARM_BYTES_PER_S, Paging
 
@@ -62,6 +65,76 @@ def test_more_pages_than_one_call_takes_are_read(cold: MappedArray) -> None:
     assert np.flatnonzero(resident(cold)).tolist() == [0, 9]
 
 
+def open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Take away what asking for pages needs, as systems do that are older or that allow less."""
+    if how == "no such call of Python":
+        monkeypatch.delattr(os, "pidfd_open")
+    elif how == "no such call of the C library":
+        monkeypatch.setattr(mapping, "_libc", object())
+    elif how == "refused":
+
+        def refused(_pid: int) -> int:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "pidfd_open", refused)
+    else:
+        monkeypatch.setattr(os, "pidfd_open", lambda _pid: os.open(os.devnull, os.O_RDONLY))
+
+
+@pytest.mark.parametrize(
+    "how", ["no such call of Python", "no such call of the C library", "refused", "refused by the kernel"]
+)
+def test_where_pages_cannot_be_asked_for_they_are_read_as_they_are_touched(
+    cold: MappedArray, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    refuse(monkeypatch, how)
+    before = open_files()
+    will_need([cold.pages(np.array([3 * ROWS_A_PAGE]), 1)])
+    assert not resident(cold).any()
+    assert cold.rows[3 * ROWS_A_PAGE, 0] == 3 * ROWS_A_PAGE * (ROW // 8)
+    assert open_files() == before
+
+
+def test_asking_for_pages_leaves_no_file_open(cold: MappedArray) -> None:
+    before = open_files()
+    will_need([cold.pages(np.array([0]), 1)])
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("columns", [1, 3, 1000])
+def test_rows_that_do_not_divide_a_page_are_in_the_pages_told(columns: int) -> None:
+    rows = 4096
+    array = MappedArray(np.dtype(np.uint16), (columns,), 2, rows * columns * 2)
+    first, counts = np.array([0, 1, 2000, 2 * rows - 1]), np.array([1, 7, 3, 1])
+    for start, count, (begin, length) in zip(first, counts, array.pages(first, counts).tolist(), strict=True):
+        part = array.rows[start : start + count]
+        assert begin <= part.ctypes.data < begin + mmap.PAGESIZE
+        assert begin + length - mmap.PAGESIZE < part.ctypes.data + part.nbytes <= begin + length
+    assert array.pages(first, counts)[-1].sum() == array.rows.ctypes.data + array.rows.nbytes
+
+
+def test_where_files_cannot_be_mapped_they_are_read_into_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapping, "_MAPS_FILES", False)
+    array = MappedArray(np.dtype(np.int64), (2,), 3, mmap.PAGESIZE)
+    assert array.rows.ctypes.data % (2 << 20) == 0
+    content = np.arange(mmap.PAGESIZE // 8).reshape(-1, 2)
+    path = tmp_path / "chunk"
+    path.write_bytes(content.tobytes())
+    with path.open("rb") as file:
+        array.place(2, file.fileno())
+    path.write_bytes(bytes(mmap.PAGESIZE))  # what was read in does not follow the file
+    assert np.array_equal(array.rows[2 * len(content) :], content)
+    assert not array.rows[: 2 * len(content)].any()
+    assert not array.rows.flags.writeable
+    will_need([array.pages(np.array([0]), 1)])
+
+
 def test_arrays_begin_where_huge_pages_do(cold: MappedArray) -> None:
     assert cold.rows.ctypes.data % (2 << 20) == 0
 
@@ -88,14 +161,22 @@ def test_a_slow_gather_makes_it_cold_only_if_pages_were_read(monkeypatch: pytest
     faults = Faults(monkeypatch)
     paging = Paging()
     paging.note(0.0, 1)
-    faults.ru_majflt += FEW_FAULTS + 1  # some have been read since the process began
-    paging.note(1.0, 1)
-    paging.note(0.0, 1)
+    faults.ru_majflt += FEW_FAULTS
     paging.note(1.0, 1)
     assert not paging.cold  # another thread had the processor
     faults.ru_majflt += FEW_FAULTS + 1
     paging.note(1.0, 1)
     assert paging.cold
+
+
+def test_pages_that_were_read_before_are_not_held_against_a_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = Faults(monkeypatch)
+    paging = Paging()
+    paging.note(1.0, 1)
+    faults.ru_majflt += 1000  # reading its own pages, as long as it was cold
+    paging.note(0.0, 1)
+    paging.note(1.0, 1)
+    assert not paging.cold
 
 
 def test_whether_a_row_is_in_memory_is_told(cold: MappedArray) -> None:
@@ -105,3 +186,34 @@ def test_whether_a_row_is_in_memory_is_told(cold: MappedArray) -> None:
     assert cold.in_memory(row)
     assert cold.in_memory(row + ROWS_A_PAGE - 1)
     assert not cold.in_memory(row + ROWS_A_PAGE)
+
+
+@pytest.mark.parametrize("alignment", ["pointwise", "causal"])
+def test_a_cold_batch_asks_for_the_pages_that_it_reads_and_a_warm_one_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alignment: Any
+) -> None:
+    source = reference(2, alignment=alignment, targets=True)
+    reader = LocalLabelSet(build(tmp_path / "s" / "set", source, [0]))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(shards, "will_need", lambda pages: asked.extend(map(tuple, np.concatenate([*pages]).tolist())))
+    last = len(source.ids) - 1  # not labelled: where its rows would be is nowhere
+    ranges = np.array([[0, 1], [2**61, 2**61 + 5], [0, 1]]) if alignment == "causal" else None
+    soft = reader.fetch([3, last, 0], rows=ranges, on_missing="mask")
+    assert soft.present is not None
+    assert soft.present.tolist() == [True, False, True]
+    stored = {name: array for name, array in reader._shards.rows.items() if name != "ids"}
+    pages = {begin + offset for begin, length in asked for offset in range(0, length, mmap.PAGESIZE)}
+    for name, array in stored.items():
+        begin = array.ctypes.data
+        per_row = source.layout.arrays[name].per == "row" and alignment == "causal"
+        row = int(source.first_rows[3]) if per_row else 3
+        page = (begin + row * array.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+        assert page in pages, name
+        assert len([page for page in pages if begin <= page < begin + array.nbytes]) <= 3, name
+    ends = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in stored.values()]
+    assert all(any(begin <= page < end for begin, end in ends) for page in pages)
+    reader._paging.note(0.0, 1)
+    asked.clear()
+    reader.fetch([3, 0])
+    assert not asked
+    reader.close()

@@ -331,6 +331,20 @@ def test_an_answer_above_the_limit_of_bytes_is_refused_before_it_is_made(tmp_pat
     generous.close()
 
 
+def test_single_rows_above_the_limit_of_bytes_are_refused_before_they_are_gathered(tmp_path: Path) -> None:
+    source = reference(1)
+    path = build(tmp_path / "s" / "set", source)
+    limits = Limits(ids=1000, response_bytes=10 * source.layout.row_spec.nbytes(1, 1))
+    reader = LocalLabelSet(path, limits=limits)
+    assert len(reader.fetch(np.arange(10))) == 10
+    with pytest.raises(TooManyRows, match="11 rows of 11 examples"):
+        reader.fetch(np.arange(11))
+    with pytest.raises(TooManyRows, match="11 rows of 11 examples"):
+        reader.fetch_body(np.arange(11), on_missing="mask")
+    assert len(reader.states(np.arange(1000))) == 1000  # which takes a byte each
+    reader.close()
+
+
 def test_ranges_are_for_label_sets_with_many_rows_an_example(tmp_path: Path) -> None:
     reader = LocalLabelSet(build(tmp_path / "s" / "set", reference(1)))
     with pytest.raises(InvalidRequest, match="has one row"):

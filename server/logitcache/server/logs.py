@@ -20,7 +20,7 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("logitcache_request_id", default
 
 def _with_request_id(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     if (request_id := REQUEST_ID.get()) is not None:
-        event["request_id"] = request_id
+        event.setdefault("request_id", request_id)
     return event
 
 
@@ -62,7 +62,7 @@ def _formatter(*, readable: bool) -> structlog.stdlib.ProcessorFormatter:
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _with_request_id],
         processors=[
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,

@@ -280,6 +280,8 @@ class LocalLabelSet:
             self._shards.will_need("example", slots)
         first, splits = self._row_runs(asked, place) if self._spec.ragged else (slots, None)
         rows = len(slots) if splits is None else int(splits[-1])
+        for limits in asked.limits:
+            limits.check(self._spec, len(slots), rows)
         into = {} if allocate is None else allocate(rows, place.digest)
         if cold:
             self._shards.will_need("row", first, 1 if splits is None else np.diff(splits))
@@ -312,12 +314,9 @@ class LocalLabelSet:
         if asked.ranges is not None:
             here = np.flatnonzero(served)
             check_ranges(asked.ranges[here], counts[here], asked.ids, self.name, here)
-            starts += asked.ranges[:, 0]
-            counts = np.where(served, asked.ranges[:, 1] - asked.ranges[:, 0], 0)
-        splits = splits_of(counts)
-        for limits in asked.limits:
-            limits.check(self._spec, len(counts), int(splits[-1]))
-        return place.shards * slots_per_shard + starts, splits
+            begins, ends = np.where(served, asked.ranges.T, 0)
+            starts, counts = starts + begins, ends - begins
+        return place.shards * slots_per_shard + starts, splits_of(counts)
 
     def _missing(self, ids: Ids, place: "_Place", looked: "_Looked") -> RowsMissing:
         unlabelled = looked.known & ~looked.served

@@ -106,10 +106,14 @@ def will_need(pages: Iterable[UInt64[np.ndarray, "_ 2"]]) -> None:
 
     It is advice: where it is refused, the pages are read one by one as they are touched.
     """
-    ranges = np.ascontiguousarray(np.concatenate(list(pages)))
-    if not _MAPS_FILES or not hasattr(_libc, "process_madvise"):
+    # Older C libraries lack the one, Pythons built with older headers the other.
+    if not (_MAPS_FILES and hasattr(_libc, "process_madvise") and hasattr(os, "pidfd_open")):
         return
-    itself = os.pidfd_open(os.getpid())
+    ranges = np.concatenate(list(pages))
+    try:
+        itself = os.pidfd_open(os.getpid())
+    except OSError:
+        return  # an older kernel, a sandbox, or no file is left to open
     try:
         for begin in range(0, len(ranges), _MOST_RANGES):
             some = ranges[begin : begin + _MOST_RANGES]

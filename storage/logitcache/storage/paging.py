@@ -27,9 +27,7 @@ class Paging:
     def note(self, seconds: float, nbytes: int) -> None:
         """Gathering ``nbytes`` took so long; their pages were asked for before if they were `cold`."""
         slow = seconds > FIXED_S + nbytes / WARM_BYTES_PER_S
-        if slow and not self.cold:
-            # Other threads may have had the processor: only pages that were read tell.
+        if slow != self.cold:
+            # Other threads may have had the processor: only pages that were read since the last change tell.
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-            self.cold, self._faults = faults - self._faults > FEW_FAULTS, faults
-        else:
-            self.cold = slow
+            self.cold, self._faults = slow and faults - self._faults > FEW_FAULTS, faults

@@ -24,7 +24,7 @@ MAX_TEXT_JSON_BYTES = 6 * MAX_TEXT_BYTES + 3
 """Bytes that a text id may take in a texts file: each of its own as ``\\uXXXX``, quotes and a comma."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """One file that a commit covers: its size in bytes and its sha256."""
 
@@ -32,7 +32,7 @@ class Part:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One shard's span and the files that it consists of; ``sha256`` is that of the commit's own bytes."""
 

@@ -40,6 +40,9 @@ RESERVED_BYTES = 1 << 42
 REFRESH_S = 0.5
 """Seconds for which what is known of the folder is believed without looking again."""
 
+SETTLED_S = REFRESH_S - 0.005
+"""Seconds for which nothing is to be looked at, nor will be before a batch that begins now is answered."""
+
 SCRUB_PAUSE_S = 0.05
 """Seconds between two shards of a scrub, so that it leaves the disk to those who wait for rows."""
 
@@ -130,17 +133,18 @@ class Shards:
     @property
     def is_settled(self) -> bool:
         """All shards are served, and the folder was looked at a moment ago: there is nothing to do but to read."""
-        indexed = self.state.layout.identity.ids == "ordinal" or self.state.commits is self._indexed_commits
-        return self.state.all_served and indexed and time.monotonic() - self._looked_at <= REFRESH_S
+        state = self.state
+        indexed = state.layout.identity.ids == "ordinal" or state.commits is self._indexed_commits
+        return state.all_served and indexed and time.monotonic() - self._looked_at <= SETTLED_S
 
     def is_in_memory(self) -> bool:
         """A few rows all over are in memory. All shards must be served."""
-        layout, logits = self.state.layout, self._arrays["logits"]
+        state, logits = self.state, self._arrays["logits"]
         for _ in range(SAMPLED):
             self._drawn = (self._drawn + WEYL) % 2**64
-            shard = self._drawn * self.state.served_shards >> 64
-            row = (self._drawn % 2**32) * layout.shard_rows[shard] >> 32
-            if not logits.in_memory(shard * layout.rows_per_shard + row):
+            shard = self._drawn * state.served_shards >> 64
+            row = (self._drawn % 2**32) * state.layout.shard_rows[shard] >> 32
+            if not logits.in_memory(shard * state.layout.rows_per_shard + row):
                 return False
         return True
 
@@ -160,7 +164,7 @@ class Shards:
                 if grown is None or grown.shards > self._most_shards:
                     # Its commits would read well and belong to other examples.
                     nothing = np.zeros_like(self.state.version)
-                    self.state = replace(self.state, commits={}, version=nothing, replaced=True)
+                    self.state = replace(self.state, commits={}, version=nothing, replaced=True).settled()
                     return
                 layout, self._group = grown, signature.group
             found = look(self._places, layout, self.state, self._keys, self._condemned)
@@ -297,10 +301,11 @@ class Shards:
 
     def verify_all(self, progress: Callable[[int, int], None] | None = None) -> list[ShardReport]:
         """Hash every committed shard now, stamps or not, and withdraw what is damaged; reports by shard."""
-        with self._lock:
-            # What was condemned before and could not be moved aside may have been restored.
-            self._condemned.clear()
-            self._signature = None
+        for shard in [*self._condemned]:
+            # It could not be moved aside and may have been restored; or it is being moved, which is waited for.
+            with self._checking[shard], self._lock:
+                self._condemned.pop(shard, None)
+                self._signature = None
         self.refresh()
         shards = sorted(self.state.commits)
         unread: dict[int, str] = {}

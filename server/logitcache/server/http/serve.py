@@ -8,7 +8,6 @@ import errno
 import gc
 import ipaddress
 import json
-import math
 import signal
 import socket
 import sys
@@ -133,25 +132,35 @@ def running(app: ASGIApp) -> Iterator[str]:
 class ProblemProtocol(HttpToolsProtocol):
     """uvicorn's HTTP, but for what it refuses before there is a request: that is a problem like all others."""
 
-    _head_bytes: float = 0
+    _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes that arrived, unless a request's line and headers have no end: the parser would keep them all."""
+        """Take bytes that arrived, unless headers or trailers have no end: the parser would keep them all."""
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
 
     def on_headers_complete(self) -> None:
-        """What follows is the body, which `messages.read_body` bounds.
+        """What follows is the body, or another request.
 
         Raises:
-            ValueError: there is not one Host, as RFC 9112, 3.2 wants it; the parser makes a refusal of it.
+            ValueError: the request could be read in two ways; the parser makes a refusal of it.
         """
-        self._head_bytes = -math.inf
-        if [name for name, _ in self.headers].count(b"host") != 1 and self.parser.get_http_version() == "1.1":
-            raise ValueError("one Host header is wanted")
+        self._head_bytes = 0
+        names = [name for name, _ in self.headers]
+        if names.count(b"host") != 1 and self.parser.get_http_version() != "1.0":
+            raise ValueError("one Host header is wanted")  # RFC 9112, 3.2
+        if b"#" in self.url:
+            raise ValueError("a path ends before #, and could name another example")
+        if self.parser.should_upgrade() and not {b"content-length", b"transfer-encoding"}.isdisjoint(names):
+            raise ValueError("the parser takes the body behind an Upgrade for another protocol's")
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body, which `messages.read_body` bounds."""
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """What follows is another request."""
@@ -159,7 +168,16 @@ class ProblemProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are not HTTP."""
+        """Answer bytes that are not HTTP, after what was asked for before them; and close the connection."""
+        cycle = self.cycle
+        under_way = cycle is not None and not cycle.response_complete
+        if under_way and not cycle.more_body:
+            cycle.keep_alive = False  # so it closes after the last answer that is owed
+            self.flow.pause_reading()
+            return
+        if under_way and (cycle.response_started or self.pipeline):
+            self.transport.close()  # this answer would stand in the place of another
+            return
         request_id = uuid.uuid4().hex
         refused = RequestRefused("these bytes are not an HTTP/1.1 request that can be answered; mend the client")
         body = json.dumps(problem.to_problem(refused, request_id)).encode()
