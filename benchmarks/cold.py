@@ -202,7 +202,7 @@ def told(found: dict[str, Any]) -> str:
     "--rows", default=20_000_000, show_default=True, type=click.IntRange(min=4096), help="Rows stored, twice."
 )
 @click.option("--batch", default=1024, show_default=True, type=click.IntRange(min=1), help="Rows a batch.")
-@click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1), help="Batches of every method.")
+@click.option("--rounds", default=60, show_default=True, type=click.IntRange(min=1), help="Batches of every method.")
 @click.option("--quick", is_flag=True, help="That it runs, cold or not; overrides the sizes above.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure as JSON.")
 def main(rows: int, batch: int, rounds: int, quick: bool, out: Path | None) -> None:

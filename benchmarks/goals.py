@@ -39,7 +39,8 @@ PAIRS: dict[Part, tuple[Pair, ...]] = {
     "sequences": (
         Pair("HTTP", "nginx range", (1,)),
         Pair("HTTP", "nginx range, copied", (1,)),
-        Pair("HTTP, raw reader", "nginx range"),
+        Pair("HTTP", "nginx range, raw reader"),
+        Pair("HTTP, raw reader", "nginx range, raw reader"),
         Pair("HTTP", "binary", (4,)),
         Pair("local", "memmap"),
     ),

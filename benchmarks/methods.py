@@ -114,7 +114,8 @@ def _nginx_range(name: str, stack: ExitStack, folder: Path, files: Path, source:
         return remote_peers.consecutive(ids, source.count)
 
     server = stack.enter_context(programs.nginx(folder / name, files, programs.NGINX_SENDING[name]))
-    reader = stack.enter_context(remote_peers.raw_reader(server.url))
+    opened = remote_peers.raw_reader if "raw reader" in name else remote_peers.client_reader
+    reader = stack.enter_context(opened(server.url))
     return Method(name, remote_peers.open_nginx(reader, source, size), server.pid, prepare)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 _PROCESS_MADVISE = 440
 _MADV_PAGEOUT = 21
 _MOST_RANGES = 1024
+_MOST_BYTES = 1 << 30  # one call takes 2 GiB, less a page, and passes over the rest without a word
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -60,8 +61,13 @@ def _mapped(pid: int, names: set[str]) -> list[_Range]:
 def _page_out(pid: int, ranges: list[_Range]) -> None:
     process = os.pidfd_open(pid)
     try:
-        for first in range(0, len(ranges), _MOST_RANGES):
-            some = ranges[first : first + _MOST_RANGES]
+        rest = list(ranges)
+        while rest:
+            some = [rest.pop()]
+            size = some[0].length
+            while rest and len(some) < _MOST_RANGES and size + rest[-1].length <= _MOST_BYTES:
+                size += rest[-1].length
+                some.append(rest.pop())
             array = (_Range * len(some))(*some)
             length = ctypes.c_size_t(len(some))
             if _libc.syscall(_PROCESS_MADVISE, process, array, length, _MADV_PAGEOUT, 0) < 0:

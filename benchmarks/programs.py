@@ -43,11 +43,14 @@ class Program:
 REDIS = Program("redis-server", "redis-server")
 NGINX = Program("nginx", "nginx-light")
 
+_SENDFILE = "sendfile on; tcp_nopush on; sendfile_max_chunk 512k;"
+
 NGINX_SENDING = {
-    "nginx range": "sendfile on; tcp_nopush on; sendfile_max_chunk 512k;",
+    "nginx range": _SENDFILE,
     "nginx range, copied": "sendfile off; output_buffers 2 128k;",
+    "nginx range, raw reader": _SENDFILE,
 }
-"""By method: how nginx sends. Which of the two is faster depends on what else uses the memory."""
+"""By method: how nginx sends. Which of the two ways is faster depends on what else uses the memory."""
 
 NEEDED = {"Redis": REDIS, "HTTP, raw reader": NGINX, **dict.fromkeys(NGINX_SENDING, NGINX)}
 """By method: what it cannot be measured without. The raw reader is there to be compared with nginx."""

@@ -3,7 +3,7 @@
 A ``fetch`` is that of `peers`; `log.md` tells which ways were tried and lost. Servers run in processes of their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from typing import Any
@@ -19,8 +19,11 @@ from benchmarks.sequences import Sequences
 from benchmarks.store_peers import as_bytes, chunks, keys
 from safetensors.numpy import load
 
+from logitcache.client.deadline import Deadline
+from logitcache.client.transport import DirectTransport
 from logitcache.labels import wire
 from logitcache.labels.ids import as_ids
+from logitcache.labels.label_set import Limits
 
 MSET_ROWS = 1024
 
@@ -83,6 +86,24 @@ def open_binary_sequences(client: httpx.Client, sequences: Sequences) -> Fetch:
     return lambda ids: sequences.flat(_take(client, ids))
 
 
+Reader = Callable[[str, str, dict[str, str], bytes | None], np.ndarray]
+"""The bytes of the body, uint8 (bytes,), that answers a method, a path, headers and content."""
+
+
+@contextmanager
+def client_reader(url: str) -> Iterator[Reader]:
+    """What our client reads with, by itself: of nginx as of `logitcache serve`."""
+    with closing(DirectTransport(url)) as transport:
+
+        def read(method: str, path: str, headers: dict[str, str], content: bytes | None) -> np.ndarray:
+            answer = transport.exchange(method, path, headers, content, Limits().response_bytes, Deadline(60.0))
+            if not answer.is_success:
+                raise ValueError(f"{method} {path} answers {answer.status}: {bytes(answer.body[:200])!r}")
+            return np.frombuffer(answer.body, np.uint8)
+
+        yield read
+
+
 class RawReader:
     """The least that Python's own library needs to read a body: a kept connection and ``readinto`` a new buffer.
 
@@ -92,7 +113,7 @@ class RawReader:
     def __init__(self, connection: HTTPConnection) -> None:
         self._connection = connection
 
-    def __call__(self, method: str, path: str, headers: dict[str, str], content: bytes | None = None) -> np.ndarray:
+    def __call__(self, method: str, path: str, headers: dict[str, str], content: bytes | None) -> np.ndarray:
         """The body's bytes, uint8 (bytes,).
 
         Raises:
@@ -117,18 +138,18 @@ def raw_reader(url: str) -> Iterator[RawReader]:
         yield RawReader(connection)
 
 
-def raw_answer(reader: RawReader, name: str, ids: np.ndarray) -> np.ndarray:
+def raw_answer(reader: Reader, name: str, ids: np.ndarray) -> np.ndarray:
     """The bytes with which our server answers for these ids."""
     headers = {"Content-Type": wire.MEDIA_TYPE, "Accept": wire.MEDIA_TYPE}
     return reader("POST", f"/v1/label-sets/{name}/fetch", headers, wire.encode_ids(as_ids(ids)))
 
 
-def open_raw(reader: RawReader, name: str) -> Fetch:
+def open_raw(reader: Reader, name: str) -> Fetch:
     """Our server without our client: views of the arrays of its answer, unchecked."""
     return lambda ids: wire.decode_rows(raw_answer(reader, name, ids)).arrays()
 
 
-def open_nginx(reader: RawReader, sequences: Sequences, size: int) -> Fetch:
+def open_nginx(reader: Reader, sequences: Sequences, size: int) -> Fetch:
     """One range of a file, ``size`` bytes long as our answer is: sequences that lie there one after the other.
 
     The ids must be those that `consecutive` gives.
@@ -137,7 +158,7 @@ def open_nginx(reader: RawReader, sequences: Sequences, size: int) -> Fetch:
 
     def fetch(ids: np.ndarray) -> Arrays:
         begin = int(ids[0]) * stride
-        body = reader("GET", "/sequences.bin", {"Range": f"bytes={begin}-{begin + size - 1}"})
+        body = reader("GET", "/sequences.bin", {"Range": f"bytes={begin}-{begin + size - 1}"}, None)
         records = np.frombuffer(body, sequences.record, len(ids))
         arrays = {name: records[name] for name in sequences.record.names or ()}
         return arrays | {"row_splits": np.arange(len(ids) + 1) * sequences.length}

@@ -276,7 +276,7 @@ def served(stack: ExitStack, folder: Path, bits_per_s: float | None, delay_ms: f
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rows", default=400_000, show_default=True, type=click.IntRange(min=4096), help="Rows that are stored.")
 @click.option("--batch", default=256, show_default=True, type=click.IntRange(min=1), help="Examples a step.")
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1), help="Of each arm, at least.")
+@click.option("--steps", default=2000, show_default=True, type=click.IntRange(min=1), help="Of each arm, at least.")
 @click.option("--block", default=20, show_default=True, type=click.IntRange(min=1), help="Steps of a block.")
 @click.option("--step-ms", default=STEP_MS, show_default=True, type=click.FloatRange(min=0.1), help="Aimed at.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=0), help="Of each arm's loader.")
@@ -296,7 +296,7 @@ def main(
     quick: bool,
     out: Path | None,
 ) -> None:
-    """Compare training steps; some four minutes, and seconds with --quick."""
+    """Compare training steps; some eight minutes, and seconds with --quick."""
     if quick:
         rows, batch, steps, block, step_ms = 8192, 64, 8, 4, 2.0
     source, seed = Source(rows), int(np.random.SeedSequence().generate_state(1)[0])

@@ -1,5 +1,6 @@
 """Who answers: the event loop what is at hand, worker threads all else, so that a disk holds nobody else up."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from logitcache.labels import wire
 from logitcache.labels.ids import Ids
@@ -184,3 +187,26 @@ def test_health_and_batches_at_hand_are_answered_while_all_readers_wait_for_a_di
         go_on.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("path", ["", "/below"])
+def test_batches_are_answered_alike_below_another_app(catalog: Catalog, path: str) -> None:
+    """A short cut takes the usual path; from another one the framework finds the way."""
+    outer = Starlette(routes=[Mount(path, create_app(catalog))])
+    with running(outer) as url, httpx.Client(base_url=url + path, timeout=30) as client:
+        answer = client.post(FETCH, content=BATCH, headers=SAFETENSORS)
+        assert answer.content == bytes(catalog.get("digits").fetch_body(wire.parse(BATCH)[0]["ids"])[0])
+        for refused, status, code in (
+            (client.post(FETCH, content=b"{}", headers=SAFETENSORS), 400, "malformed-message"),
+            (
+                client.post(FETCH.replace("digits", "none"), content=BATCH, headers=SAFETENSORS),
+                404,
+                "label-set-not-found",
+            ),
+            (client.post(FETCH.replace("digits", ""), content=BATCH, headers=SAFETENSORS), 404, "request-refused"),
+            (client.get(FETCH), 405, "request-refused"),
+        ):
+            assert (refused.status_code, refused.json()["code"]) == (status, code)
+            assert refused.json()["request_id"] == refused.headers["x-request-id"]
+        counted = re.findall(r'requests_total\{.*fetch.*status="(\d+)"\} (\S+)', client.get("/metrics").text)
+    assert {(status, float(count)) for status, count in counted} >= {("200", 1.0), ("400", 1.0), ("405", 1.0)}

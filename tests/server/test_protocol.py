@@ -100,6 +100,8 @@ def test_what_a_head_may_have_is_counted_anew_for_each_request(server: httpx.Cli
         connection.request("POST", "/v1/label-sets/digits/fetch", IDS, headers)
         answer = connection.getresponse()
         assert (answer.status, b"[4096.0]" in answer.read()) == (200, True)
+        connection.request("GET", "/healthz", headers={"X-Long": headers["X-Long"]})
+        assert connection.getresponse().read() == b"ok\n"
     assert connection.sock is first
     connection.close()
 

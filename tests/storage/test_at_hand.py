@@ -42,10 +42,12 @@ def test_nothing_is_at_hand_until_a_gather_was_fast(label_set: Path) -> None:
     reader.close()
 
 
-def test_few_rows_are_at_hand_and_many_are_not(reader: LocalLabelSet) -> None:
-    most = local.FEW_BYTES // reader.layout.row_spec.nbytes(1, 1)
-    assert reader.is_at_hand(most)
-    assert not reader.is_at_hand(most + 1)
+def test_few_examples_are_at_hand_and_many_are_not(reader: LocalLabelSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reader.is_at_hand(local.FEW_EXAMPLES)
+    assert not reader.is_at_hand(local.FEW_EXAMPLES + 1)
+    monkeypatch.setattr(local, "FEW_BYTES", 5 * reader.layout.row_spec.nbytes(1, 1))
+    assert reader.is_at_hand(5)
+    assert not reader.is_at_hand(6)
 
 
 def test_nothing_is_at_hand_when_the_folder_is_to_be_looked_at(
@@ -86,10 +88,14 @@ def test_nothing_is_at_hand_of_a_folder_that_was_removed_or_replaced(
         reader.fetch([0])
 
 
-def test_sequences_are_never_at_hand(tmp_path: Path) -> None:
+def test_few_sequences_are_at_hand_by_their_usual_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = LocalLabelSet(build(tmp_path / "s" / "set", reference(1, alignment="causal")))
     reader.fetch([0])
-    assert not reader.is_at_hand(1)
+    layout = reader.layout
+    monkeypatch.setattr(local, "FEW_BYTES", layout.row_spec.nbytes(3 * layout.rows // layout.examples, 3))
+    assert layout.rows > layout.examples
+    assert reader.is_at_hand(3)
+    assert not reader.is_at_hand(4)
     reader.close()
 
 
@@ -110,6 +116,7 @@ def test_texts_are_at_hand_once_they_are_indexed(tmp_path: Path) -> None:
 
 
 def test_what_is_not_in_memory_is_not_at_hand(reader: LocalLabelSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SAMPLED_S", 0.0)
     monkeypatch.setattr(mapping.MappedArray, "in_memory", lambda _self, row: row < 2 * ROWS_PER_SHARD)
     looks = [reader.is_at_hand(1) for _ in range(30)]
     assert True in looks  # not every look meets the third shard
@@ -126,11 +133,24 @@ def test_rows_all_over_are_looked_at_and_none_that_is_not_used(
         return True
 
     monkeypatch.setattr(mapping.MappedArray, "in_memory", noted)
+    monkeypatch.setattr(shards, "SAMPLED_S", 0.0)
     assert all(reader.is_at_hand(1) for _ in range(200))
     rows = np.array(looked_at)
     assert rows.max() < source.layout.rows
     tenths = np.histogram(rows, bins=10, range=(0, source.layout.rows))[0]
     assert tenths.min() > len(rows) / 20
+
+
+def test_rows_that_were_in_memory_a_moment_ago_are_believed_to_be_and_others_never(
+    reader: LocalLabelSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = iter([False, True, True, True, False])
+    monkeypatch.setattr(mapping.MappedArray, "in_memory", lambda _self, _row: next(resident))
+    monkeypatch.setattr(shards, "SAMPLED_S", 1e9)
+    reader._shards._sampled_at = float("-inf")
+    assert [reader.is_at_hand(1) for _ in range(4)] == [False, True, True, True]
+    reader._shards._sampled_at = float("-inf")
+    assert not reader.is_at_hand(1)
 
 
 def test_a_label_set_whose_last_shard_just_came_is_served_before_it_is_sealed(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import RowsMissing
 from logitcache.storage import LocalLabelSet, admission, gather, local, shards
+from logitcache.storage.admission import Stamps, opened
+from logitcache.storage.manifest import read_layout
+from logitcache.storage.places import Places
+from logitcache.storage.records import Commit
 
 DAMAGED = 1
 """The shard that is damaged; its neighbours must stay served."""
@@ -188,6 +192,18 @@ def test_a_stamp_is_of_one_commit(label_set: Path, source: Reference, monkeypatc
     with pytest.raises(RowsMissing):
         reader.fetch([ROWS_PER_SHARD])
     reader.close()
+
+
+def test_a_stamp_does_not_depend_on_the_order_of_a_commits_files(label_set: Path) -> None:
+    layout, places = read_layout(label_set), Places(label_set)
+    commit = Commit.read(places.commit(1), layout, 1)
+    turned = replace(commit, parts=dict(reversed(commit.parts.items())))
+    stamps = Stamps(places.stamps)
+    stamps._known["1"] = "0" * 32
+    with opened(places, layout, commit) as files, opened(places, layout, turned) as again:
+        assert not stamps.match(files, commit)
+        stamps._known["1"] = admission._mark(files, commit)
+        assert stamps.match(again, turned)
 
 
 def test_damaged_stamps_are_ignored(label_set: Path, source: Reference) -> None:

@@ -73,7 +73,7 @@ def test_an_append_that_would_make_too_many_shards_is_refused() -> None:
     layout = Layout.pointwise(POINTWISE, 5999 * 4096, 4096).grown(1)
     with pytest.raises(InvalidRequest, match="append less often, or label all under another name"):
         layout.grown(1)
-    with pytest.raises(InvalidRequest, match=r"map: use a larger --rows-per-shard \(32,768 is"):
+    with pytest.raises(InvalidRequest, match=r"map: use a larger --rows-per-shard \(262,144 is"):
         Layout.pointwise(POINTWISE, 6001 * 4096, 4096)
 
 
@@ -83,9 +83,22 @@ def test_the_default_shard_holds_the_longest_example() -> None:
 
 
 def test_the_default_shard_holds_batches_of_the_longest_examples_to_choose_from() -> None:
-    assert default_rows_per_shard(10_000_000, 2048) == 64 * 2048
+    assert default_rows_per_shard(1_000_000, 2048) == 64 * 2048
     assert default_rows_per_shard(50_000, 2048) == 13 * 4096
-    assert default_rows_per_shard(10**9, 2048) == 62 * 4096
+    assert default_rows_per_shard(10**9, 8192) == 64 * 8192
+
+
+def test_the_default_shard_is_about_a_sixteenth_of_the_rows_within_bounds() -> None:
+    found = {rows: default_rows_per_shard(rows) for rows in (0, 1, 500_000, 1_281_167, 4_000_000, 10**9, 2 * 10**9)}
+    assert found == {
+        0: 32_768,
+        1: 32_768,
+        500_000: 32_768,
+        1_281_167: 65_536,
+        4_000_000: 262_144,
+        10**9: 262_144,
+        2 * 10**9: 123 * 4096,
+    }
 
 
 def test_a_shard_of_short_examples_closes_when_its_example_slots_are_used() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import build, reference
+from tests.building import ROWS_PER_SHARD, build, reference
 
 from logitcache.storage import LocalLabelSet, mapping, shards
 from logitcache.storage.mapping import MappedArray, will_need
@@ -59,10 +59,27 @@ def test_pages_that_will_be_needed_are_read_and_no_others(cold: MappedArray) -> 
     assert np.flatnonzero(resident(cold)).tolist() == wanted.tolist()
 
 
-def test_more_pages_than_one_call_takes_are_read(cold: MappedArray) -> None:
-    will_need([cold.pages(np.zeros(3000, np.int64), 1), cold.pages(np.array([9 * ROWS_A_PAGE]), 1)])
-    assert cold.rows[[0, 9 * ROWS_A_PAGE], 0].tolist() == [0, 9 * ROWS_A_PAGE * (ROW // 8)]  # both are read by now
-    assert np.flatnonzero(resident(cold)).tolist() == [0, 9]
+def test_more_pages_than_one_call_takes_are_asked_for_in_several(
+    cold: MappedArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    class CLibrary:
+        """Notes the ranges that it is given, each an address and a length."""
+
+        def process_madvise(self, _itself: int, ranges: Any, count: Any, advice: int, flags: int) -> int:
+            assert (advice, flags) == (mmap.MADV_WILLNEED, 0)
+            numbers = ctypes.cast(ranges, ctypes.POINTER(ctypes.c_uint64 * (2 * count.value))).contents
+            asked.append([*numbers])
+            return 0
+
+    monkeypatch.setattr(mapping, "_libc", CLibrary())
+    rows = np.arange(3000) % PAGES * ROWS_A_PAGE
+    will_need([cold.pages(rows, 1), cold.pages(rows[:1], 1)])
+    assert max(map(len, asked)) <= 2 * 1024  # more than the kernel takes
+    everything = np.array([number for numbers in asked for number in numbers]).reshape(-1, 2)
+    assert everything[:, 0].tolist() == [cold.rows[row].ctypes.data for row in [*rows.tolist(), 0]]
+    assert set(everything[:, 1].tolist()) == {mmap.PAGESIZE}
 
 
 def open_files() -> int:
@@ -188,6 +205,10 @@ def test_whether_a_row_is_in_memory_is_told(cold: MappedArray) -> None:
     assert not cold.in_memory(row + ROWS_A_PAGE)
 
 
+def page_of(array: np.ndarray, row: int) -> int:
+    return (int(array.ctypes.data) + row * array.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 @pytest.mark.parametrize("alignment", ["pointwise", "causal"])
 def test_a_cold_batch_asks_for_the_pages_that_it_reads_and_a_warm_one_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alignment: Any
@@ -198,22 +219,22 @@ def test_a_cold_batch_asks_for_the_pages_that_it_reads_and_a_warm_one_for_none(
     monkeypatch.setattr(shards, "will_need", lambda pages: asked.extend(map(tuple, np.concatenate([*pages]).tolist())))
     last = len(source.ids) - 1  # not labelled: where its rows would be is nowhere
     ranges = np.array([[0, 1], [2**61, 2**61 + 5], [0, 1]]) if alignment == "causal" else None
-    soft = reader.fetch([3, last, 0], rows=ranges, on_missing="mask")
+    soft = reader.fetch([20, last, 0], rows=ranges, on_missing="mask")
     assert soft.present is not None
     assert soft.present.tolist() == [True, False, True]
-    stored = {name: array for name, array in reader._shards.rows.items() if name != "ids"}
     pages = {begin + offset for begin, length in asked for offset in range(0, length, mmap.PAGESIZE)}
-    for name, array in stored.items():
-        begin = array.ctypes.data
-        per_row = source.layout.arrays[name].per == "row" and alignment == "causal"
-        row = int(source.first_rows[3]) if per_row else 3
-        page = (begin + row * array.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
-        assert page in pages, name
-        assert len([page for page in pages if begin <= page < begin + array.nbytes]) <= 3, name
-    ends = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in stored.values()]
-    assert all(any(begin <= page < end for begin, end in ends) for page in pages)
+    slot = int(source.layout.example_slots(np.array([last]))[0])
+    nowhere = {"example": slot, "row": ROWS_PER_SHARD if alignment == "causal" else slot}
+    for name, array in reader._shards.rows.items():
+        per = source.layout.arrays[name].per
+        rows = [0, int(source.first_rows[20])] if per == "row" else [0, 20]
+        here = {page for page in pages if array.ctypes.data <= page < array.ctypes.data + array.nbytes}
+        read, waste = ({page_of(array, row) for row in some} for some in (rows, [nowhere[per]]))
+        assert here - waste == (read - waste if name != "ids" else set()), name
+        pages -= here
+    assert not pages
     reader._paging.note(0.0, 1)
     asked.clear()
-    reader.fetch([3, 0])
+    reader.fetch([20, 0])
     assert not asked
     reader.close()

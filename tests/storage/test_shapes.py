@@ -10,6 +10,7 @@ import pytest
 from tests.building import (
     ROWS_PER_SHARD,
     SHAPES,
+    Id,
     Reference,
     build,
     commit_shards,
@@ -22,6 +23,7 @@ from tests.building import (
 from tests.conformance import ShapesConformance, assert_rows_equal
 from tests.storage.faults import Counting, failing
 
+from logitcache.labels import wire
 from logitcache.labels.errors import (
     DatasetFault,
     DigestChanged,
@@ -31,7 +33,7 @@ from logitcache.labels.errors import (
     StorageFault,
     TooManyRows,
 )
-from logitcache.labels.label_set import UNLABELLED, Limits
+from logitcache.labels.label_set import UNLABELLED, Limits, OnMissing
 from logitcache.storage import LocalLabelSet
 
 KINDS = SHAPES | {
@@ -73,6 +75,26 @@ def partial(store: Path) -> Iterator[LocalLabelSet]:
 
 class TestShapes(ShapesConformance):
     """The local reader reads label sets of every shape."""
+
+    def test_the_body_for_the_wire_holds_what_fetch_gives(
+        self, complete: LocalLabelSet, partial: LocalLabelSet, source: Reference
+    ) -> None:
+        ids = source.at([4, 0, 4])
+        last = source.at([len(source.ids) - 1])
+        asked: list[tuple[LocalLabelSet, list[Id], OnMissing]] = [
+            (complete, ids, "error"),
+            (complete, ids, "mask"),
+            (partial, ids + last, "mask"),
+        ]
+        for reader, wanted, on_missing in asked:
+            soft = reader.fetch(wanted, on_missing=on_missing)
+            sent = wire.decode_rows(reader.fetch_body(wanted, on_missing=on_missing)[0])
+            assert (sent.digest, sent.arrays().keys()) == (soft.digest, soft.arrays().keys())
+            for name, array in soft.arrays().items():
+                assert np.array_equal(sent.arrays()[name], array, equal_nan=array.dtype.kind == "f"), name
+            if on_missing == "mask":
+                assert soft.present is not None
+                assert soft.present.tolist() == [True, True, True, False][: len(wanted)]
 
 
 def refreshed(reader: LocalLabelSet) -> LocalLabelSet:

@@ -174,7 +174,7 @@ def test_a_shard_size_that_is_no_multiple_of_a_page_is_refused(source: Reference
 
 
 def test_more_shards_than_a_reader_can_map_are_refused(source: Reference) -> None:
-    with pytest.raises(InvalidRequest, match=r"make 6,001, more than .* \(32,768 is the default\)"):
+    with pytest.raises(InvalidRequest, match=r"make 6,001, more than .* \(262,144 is the default\)"):
         Layout.pointwise(source.identity, 6000 * 4096 + 1, 4096)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.labels.errors import ShardDamaged, StorageFault
-from logitcache.labels.identity import sha256_hex
+from logitcache.labels.identity import canonical_json, sha256_hex
 from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout
 from logitcache.storage.places import Places
@@ -150,20 +150,19 @@ class Stamps:
 
     def __init__(self, path: Path) -> None:
         self._path, self._changed = path, False
-        self._known: dict[str, tuple[str, tuple[Stamp, ...]]] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            for shard, (commit, stamps) in json.loads(path.read_bytes()).items():
-                self._known[shard] = (commit, tuple((*map(int, stamp),) for stamp in stamps))  # type: ignore[misc]
+        self._known: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            self._known.update(json.loads(path.read_bytes()))
 
     def match(self, files: OpenShard, commit: Commit) -> bool:
         """Are these the very files that hashed right for this very commit?"""
-        return self._known.get(str(files.shard)) == (commit.sha256, files.stamps)
+        return self._known.get(str(files.shard)) == _mark(files, commit)
 
     def remember(self, files: OpenShard, commit: Commit) -> None:
         """These files hashed right for this commit; not kept where a later write could leave the same change time."""
         newest = max(stamp[2] for stamp in files.stamps)
         if time.time_ns() - newest > RACY_NS and not self.match(files, commit):
-            self._known[str(files.shard)] = (commit.sha256, files.stamps)
+            self._known[str(files.shard)] = _mark(files, commit)
             self._changed = True
 
     def save(self, files: Files) -> None:
@@ -178,6 +177,12 @@ class Stamps:
                 files.replace(staged, self._path, data)
             except StorageFault:
                 files.remove(staged)
+
+
+def _mark(files: OpenShard, commit: Commit) -> str:
+    """One short text for a commit and the stamps of its files: a label set may have thousands of shards."""
+    stamps = sorted(zip(files.handles, files.stamps, strict=True))
+    return sha256_hex(canonical_json([commit.sha256, stamps]))[:32]
 
 
 def quarantine(places: Places, layout: Layout, shard: int, problem: str, files: Files) -> Path:

@@ -1,7 +1,6 @@
 """What a fetch asks for: arguments that can be right, whatever is stored. Knows no files."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitcache.labels.errors import InvalidRequest, UnknownView
 from logitcache.labels.identity import Identity
@@ -11,8 +10,7 @@ from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import RowSpec
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """A fetch whose arguments can be right; arguments as in `labels.label_set.LabelSet.fetch`."""
 
     ids: Ids

@@ -205,7 +205,7 @@ class Layout:
         """How many examples the label set has when it is complete."""
         return int(self.first_examples[-1])
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many rows the label set has when it is complete."""
         return sum(self.shard_rows)

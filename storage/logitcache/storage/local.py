@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -43,8 +43,11 @@ from logitcache.storage.store import is_folder, names_in
 ADMISSIONS = 3
 """Tries to have shards admitted that another process withdraws and repairs at the same moment."""
 
-FEW_BYTES = 1 << 20
-"""Rows that are gathered in some hundred microseconds."""
+FEW_EXAMPLES = 8192
+"""Examples that are looked up, and their rows found wherever they are, in about a millisecond."""
+
+FEW_BYTES = 8 << 20
+"""Rows that are copied in about a millisecond, less than sending them takes."""
 
 Allocate = Callable[[int, str | None], dict[str, np.ndarray]]
 """Arrays to gather into, by field, for so many rows of a digest."""
@@ -169,10 +172,12 @@ class LocalLabelSet:
         return states
 
     def is_at_hand(self, examples: int) -> bool:
-        """A fetch of so many examples is quick and touches no disk, as far as can be told: `FEW_BYTES` of rows, all
-        served and in memory.
+        """A fetch of so many examples is quick and touches no disk, as far as can be told: `FEW_EXAMPLES`, and
+        `FEW_BYTES` of rows if they have as many as others, all served and in memory.
         """
-        few = not self._spec.ragged and self._spec.nbytes(examples, examples) <= FEW_BYTES
+        layout = self.layout
+        rows = examples * layout.rows // max(1, layout.examples)
+        few = examples <= FEW_EXAMPLES and self._spec.nbytes(rows, examples) <= FEW_BYTES
         return few and not self._paging.cold and self._shards.is_settled and self._shards.is_in_memory()
 
     def _asked(
@@ -364,8 +369,7 @@ class _Looked:
     served: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where examples are, in one state: their slots, which hold for those inside. Without ``looked`` all are served."""
 
     state: State

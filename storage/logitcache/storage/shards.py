@@ -49,6 +49,9 @@ SCRUB_PAUSE_S = 0.05
 SAMPLED = 3
 """Rows that are looked at to tell whether a label set is in memory: enough if most of it is not."""
 
+SAMPLED_S = 0.01
+"""Seconds for which they are believed: it takes longer than a batch to leave memory, and a slow gather tells, too."""
+
 WEYL = 0x9E3779B97F4A7C15
 """Step of a sequence whose values fill their range evenly, at less cost than a generator of random numbers."""
 
@@ -114,7 +117,7 @@ class Shards:
         self._keys: dict[int, FileKey] = {}
         self._stamps = Stamps(places.stamps)
         self._serial = self._drawn = 0
-        self._looked_at = 0.0
+        self._looked_at = self._sampled_at = 0.0
         self._signature: Signature | None = None
         self._closing = threading.Event()
         self._verifier: threading.Thread | None = None
@@ -138,14 +141,17 @@ class Shards:
         return state.all_served and indexed and time.monotonic() - self._looked_at <= SETTLED_S
 
     def is_in_memory(self) -> bool:
-        """A few rows all over are in memory. All shards must be served."""
-        state, logits = self.state, self._arrays["logits"]
+        """A few rows all over are in memory, or were a moment ago. All shards must be served."""
+        state, logits, now = self.state, self._arrays["logits"], time.monotonic()
+        if now - self._sampled_at < SAMPLED_S:
+            return True
         for _ in range(SAMPLED):
             self._drawn = (self._drawn + WEYL) % 2**64
             shard = self._drawn * state.served_shards >> 64
             row = (self._drawn % 2**32) * state.layout.shard_rows[shard] >> 32
             if not logits.in_memory(shard * state.layout.rows_per_shard + row):
                 return False
+        self._sampled_at = now
         return True
 
     def refresh(self) -> None:
@@ -307,7 +313,9 @@ class Shards:
                 self._condemned.pop(shard, None)
                 self._signature = None
         self.refresh()
-        shards = sorted(self.state.commits)
+        with self._lock:
+            # The background thread may be moving one aside just now: its turn is waited for, too.
+            shards = sorted({*self.state.commits, *self._condemned})
         unread: dict[int, str] = {}
         for done, shard in enumerate(shards, 1):
             if self._closing.is_set():

@@ -17,7 +17,7 @@ from logitcache.server.http.job_routes import jobs as job_routes
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.middleware import Observed
 from logitcache.server.http.problems import add_handlers
-from logitcache.server.http.routes import batches, label_sets, operations
+from logitcache.server.http.routes import Shortcut, batches, label_sets, operations
 from logitcache.server.jobs.queue import Jobs
 
 READERS = 8
@@ -42,7 +42,8 @@ def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:
     app.state.jobs = jobs
     app.state.readers = CapacityLimiter(READERS)
     app.state.metrics = Metrics(catalog, jobs)
-    app.add_middleware(Observed, metrics=app.state.metrics)
+    app.add_middleware(Shortcut)
+    app.add_middleware(Observed, metrics=app.state.metrics)  # the outer one
     add_handlers(app)
     return app
 

@@ -112,11 +112,6 @@ class FetchRequest:
         return {"rows": self.rows, "view": self.view, "digest": self.digest, "on_missing": self.on_missing}
 
 
-def most_ids(body: bytes) -> int:
-    """More ids than this are not in a body of safetensors."""
-    return len(body) // 8
-
-
 @lru_cache(maxsize=64)
 def media_type(content_type: bytes | None) -> str:
     """The media type of a request's body, without its parameters, by its ``Content-Type`` as it arrived.

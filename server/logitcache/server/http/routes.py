@@ -3,6 +3,7 @@
 What touches a disk runs in a worker thread; ``/healthz`` does not, so it stays fast whatever the disks do.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
@@ -12,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, LogitcacheError, Unavailable
@@ -22,20 +23,25 @@ from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.messages import (
     JSON,
     SAFETENSORS,
+    FetchRequest,
+    MissingRequest,
     answer_type,
     media_type,
-    most_ids,
     parse_fetch,
     parse_missing,
     read_body,
 )
 from logitcache.server.http.metrics import Metrics
+from logitcache.server.http.problems import problem_response
 from logitcache.server.http.record import Record
 from logitcache.server.http.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
 from logitcache.server.wording import counted
 from logitcache.storage import LocalLabelSet
 
 DIGEST_HEADER = "Logitcache-Digest"
+
+SHORT_BODY = 512 << 10
+"""Bytes of safetensors that are parsed at once, whatever they are: more than the ids of any batch that is at hand."""
 
 
 class _Anything(Convertor[str]):
@@ -67,6 +73,30 @@ class _Direct(APIRoute):
         await response(scope, receive, send)
 
 
+class Shortcut:
+    """Takes batches to their routes by the shape of their path alone; the rest, and what is not plain, goes the
+    framework's way, which costs a tenth of a small batch (measured: 0.04 ms of 0.42).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._routes = {route.path.rpartition("/")[2]: route for route in batches.routes if isinstance(route, _Direct)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, our own errors included."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            prefix, _, rest = scope["path"].partition("/v1/label-sets/")
+            name, _, what = rest.partition("/")
+            if not prefix and name and (route := self._routes.get(what)) is not None:
+                scope.update(route=route, path_params={"name": name})
+                try:
+                    await route.app(scope, receive, send)
+                except LogitcacheError as error:
+                    await problem_response(scope, error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 _label_sets: Any = {"prefix": "/v1/label-sets", "tags": ["label sets"], "responses": openapi.PROBLEMS}
 batches = APIRouter(**_label_sets, route_class=_Direct)
 label_sets = APIRouter(**_label_sets)
@@ -89,13 +119,13 @@ InCatalog = Annotated[Catalog, Depends(_catalog)]
 @batches.post("/{name}/fetch", openapi_extra=openapi.FETCH_BODY, responses=openapi.FETCH_ANSWER)
 async def fetch_batch(request: Request, name: str) -> Response:
     """Soft labels of a batch of examples, in the order asked for."""
-    return await _answered(_fetch, request, name)
+    return await _answered(parse_fetch, _fetch, request, name)
 
 
 @batches.post("/{name}/missing", openapi_extra=openapi.MISSING_BODY, responses=openapi.MISSING_ANSWER)
 async def find_missing(request: Request, name: str) -> Response:
     """Which of these examples have no labels."""
-    return await _answered(_missing, request, name)
+    return await _answered(parse_missing, _missing, request, name)
 
 
 @label_sets.get("", responses=openapi.LIST_ANSWER)
@@ -112,8 +142,10 @@ def describe_label_set(name: str, catalog: InCatalog, request: Request) -> JSONR
     return JSONResponse(label_set.describe().to_json())
 
 
-async def _answered(answer: Any, request: Request, name: str) -> Response:
-    """What ``answer`` makes of a request's body: at once where rows are at hand, else in a worker thread.
+async def _answered(
+    parse: Callable[[bytes, str], Any], answer: Callable[..., Response], request: Request, name: str
+) -> Response:
+    """What ``answer`` makes of what a request's body says: at once where rows are at hand, else in a worker thread.
 
     A thread costs more than a small gather, which itself gives the loop back sooner than a thread would.
     """
@@ -122,18 +154,21 @@ async def _answered(answer: Any, request: Request, name: str) -> Response:
     sent = media_type(headers.get(b"content-type"))
     wanted = answer_type(headers.get(b"accept"), default=sent)
     body = await read_body(request, sent)
-    label_set = catalog.at_hand(name) if sent == wanted == SAFETENSORS else None
-    if label_set is not None and label_set.is_at_hand(most_ids(body)):
-        response: Response = answer(label_set, body, sent, wanted, record)
-        return response
-    return await to_thread.run_sync(
-        lambda: answer(catalog.get(name), body, sent, wanted, record), limiter=state.readers
-    )
+    if sent == wanted == SAFETENSORS and len(body) <= SHORT_BODY and (label_set := catalog.at_hand(name)) is not None:
+        record.label_set = name
+        asked = parse(body, sent)
+        if label_set.is_at_hand(len(asked.ids)):
+            return answer(label_set, asked, wanted, record)
+
+    def answered() -> Response:
+        label_set = catalog.get(name)
+        record.label_set = name
+        return answer(label_set, parse(body, sent), wanted, record)
+
+    return await to_thread.run_sync(answered, limiter=state.readers)
 
 
-def _fetch(label_set: LocalLabelSet, body: bytes, sent: str, wanted: str, record: Record) -> Response:
-    record.label_set = label_set.name
-    asked = parse_fetch(body, sent)
+def _fetch(label_set: LocalLabelSet, asked: FetchRequest, wanted: str, record: Record) -> Response:
     if wanted == JSON:
         soft = fetch_rows(label_set, asked.ids, **asked.options())
         record.rows = len(soft)
@@ -143,9 +178,7 @@ def _fetch(label_set: LocalLabelSet, body: bytes, sent: str, wanted: str, record
     return Response(rows.data, headers=_digest(digest), media_type=SAFETENSORS)
 
 
-def _missing(label_set: LocalLabelSet, body: bytes, sent: str, wanted: str, record: Record) -> Response:
-    record.label_set = label_set.name
-    asked = parse_missing(body, sent)
+def _missing(label_set: LocalLabelSet, asked: MissingRequest, wanted: str, _record: Record) -> Response:
     states = label_set.states(asked.ids, digest=asked.digest)
     if wanted == SAFETENSORS:
         return Response(wire.encode({"state": states}), media_type=SAFETENSORS)

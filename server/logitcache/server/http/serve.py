@@ -142,12 +142,11 @@ class ProblemProtocol(HttpToolsProtocol):
             self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
 
     def on_headers_complete(self) -> None:
-        """What follows is the body, or another request.
+        """Begin to answer.
 
         Raises:
             ValueError: the request could be read in two ways; the parser makes a refusal of it.
         """
-        self._head_bytes = 0
         names = [name for name, _ in self.headers]
         if names.count(b"host") != 1 and self.parser.get_http_version() != "1.0":
             raise ValueError("one Host header is wanted")  # RFC 9112, 3.2
@@ -173,7 +172,6 @@ class ProblemProtocol(HttpToolsProtocol):
         under_way = cycle is not None and not cycle.response_complete
         if under_way and not cycle.more_body:
             cycle.keep_alive = False  # so it closes after the last answer that is owed
-            self.flow.pause_reading()
             return
         if under_way and (cycle.response_started or self.pipeline):
             self.transport.close()  # this answer would stand in the place of another
