@@ -18,6 +18,7 @@ from logitcache.client.extras import import_with_torch
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.http import HttpLabelSet
 from logitcache.client.label_source import Labels
+from logitcache.client.schedule import Decay, EveryNth, FirstSteps, Schedule, WithProbability
 from logitcache.client.stats import Stats
 from logitcache.labels.errors import (
     DeadlineExceeded,
@@ -48,9 +49,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AttachedLoader",
     "DeadlineExceeded",
+    "Decay",
     "Description",
     "DigestChanged",
+    "EveryNth",
     "FetchedLabels",
+    "FirstSteps",
     "HttpLabelSet",
     "InvalidRequest",
     "LabelMismatch",
@@ -61,6 +65,7 @@ __all__ = [
     "NotFound",
     "RangeOutside",
     "RowsMissing",
+    "Schedule",
     "ServerUnreachable",
     "ShapeMismatch",
     "SoftLabelTensors",
@@ -70,6 +75,7 @@ __all__ = [
     "TeacherMismatch",
     "Unavailable",
     "UndeclaredTemperature",
+    "WithProbability",
     "WrongLabels",
     "connect",
     "distillation_loss",

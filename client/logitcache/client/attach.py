@@ -85,6 +85,42 @@ def _mask_of_input_ids(batch: Any) -> Any:
     return None if _input_ids(batch) is None else _attention_mask(batch)
 
 
+class Steps:
+    """Which step of the optimizer each batch belongs to: ``accumulate`` batches make one, and an epoch ends one.
+
+    Raises:
+        InvalidRequest: ``accumulate`` is below 1, or the first step below 0.
+    """
+
+    def __init__(self, first: int, accumulate: int) -> None:
+        if accumulate < 1:
+            raise InvalidRequest(f"accumulate={accumulate}: at least 1 batch makes a step of the optimizer")
+        if first < 0:
+            raise InvalidRequest(f"first_step={first} is below 0: steps of the optimizer are counted from 0")
+        self._accumulate = accumulate
+        self._first = first  # step of the first batch that is counted
+        self._delivered = 0  # batches since then
+
+    @property
+    def next(self) -> int:
+        """Step of the batch that is delivered next."""
+        return self.of(0)
+
+    def of(self, ahead: int) -> int:
+        """Step of the batch that many batches after the one that is delivered next."""
+        return self._first + (self._delivered + ahead) // self._accumulate
+
+    def delivered(self) -> None:
+        """A batch was."""
+        self._delivered += 1
+
+    def begin(self, step: int | None = None) -> None:
+        """The next batch begins this step, or if none is given, one that no batch belongs to yet."""
+        if step is None:
+            step = self._first - (-self._delivered // self._accumulate)
+        self._first, self._delivered = step, 0
+
+
 @dataclass
 class _Answer:
     """The labels of one batch, prepared if there is a device, their bytes as received, and how long they took."""
@@ -96,16 +132,17 @@ class _Answer:
 
 @dataclass
 class _Step(Generic[Batch]):
-    """A batch that was pulled, its labels under way, and the loader's state right after it."""
+    """A batch that was pulled, its labels under way unless its step has none, and the loader's state right after it."""
 
     batch: Batch
-    answer: "Future[_Answer]"
+    answer: "Future[_Answer] | None"
     state: Any
 
 
 class AttachedLoader(Generic[Batch]):
     """What `Labels.attach` returns: iterating gives ``(batch, soft)``, each `iter` is a new epoch of the loader.
 
+    With a schedule, batches of steps that do not distil come as ``(batch, None)``; nothing was fetched for them.
     An error of a fetch is raised at the step it belongs to, and one of the loader after the batches before it. Leaving
     an epoch early ends its thread. An epoch is of the process that began it. ``set_epoch``, ``state_dict`` and
     ``load_state_dict`` are there if the loader, or its sampler, has them; other attributes are the loader's.
@@ -122,19 +159,34 @@ class AttachedLoader(Generic[Batch]):
         depth: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         device: Any = None,
+        schedule: Callable[[int], float] | None = None,
+        first_step: int = 0,
+        accumulate: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loader, self._fetch, self._tally, self._clock = loader, fetch, tally, clock
         self._ids, self._parts, self._device = ids, parts or {}, device
         self._lookahead = Lookahead(depth, buffer_bytes)
+        self._schedule, self._steps = schedule, Steps(first_step, accumulate)
         self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
 
-    def __iter__(self) -> "Iterator[tuple[Batch, FetchedLabels | logitcache.client.tensors.SoftLabelTensors]]":
+    @property
+    def step(self) -> int:
+        """The optimizer's step that the next batch belongs to, counted from 0 over all epochs; set it to resume."""
+        return self._steps.next
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._steps.begin(step)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Any]]:
+        """Batches with `FetchedLabels`, or with `SoftLabelTensors` where there is a device; None where none are due."""
         batches = iter(self._loader)  # before the thread begins: this forks the loader's workers
         self._delivered = self._state()
+        self._steps.begin()
         stage = None
         if self._device is not None:
             stage = import_with_torch("logitcache.client.tensors").staging(self._device)
@@ -151,7 +203,7 @@ class AttachedLoader(Generic[Batch]):
                 if os.getpid() != process:
                     raise InvalidRequest("this epoch was begun in another process: iterate anew in this one")
                 if lookahead.adapts:  # before the loader is waited for: what is late then is not its fault
-                    all_there = bool(steps) and steps[-1].answer.done()
+                    all_there = bool(steps) and all(step.answer is None or step.answer.done() for step in steps)
                     lookahead.step_begins(len(steps), all_there=all_there)
                 for _ in range(PULLS_A_STEP):
                     if ended or len(steps) > lookahead.depth:
@@ -163,7 +215,8 @@ class AttachedLoader(Generic[Batch]):
                     except Exception as error:  # noqa: BLE001 - raised below, after the batches that came before it
                         ended, failure = True, error
                     else:
-                        steps.append(_Step(batch, self._begin(background, batch, stage), self._state()))
+                        answer = self._begin(background, batch, stage) if self._distils(len(steps)) else None
+                        steps.append(_Step(batch, answer, self._state()))
                 if not steps:
                     break
                 yield self._deliver(steps.popleft())
@@ -172,6 +225,9 @@ class AttachedLoader(Generic[Batch]):
             self._delivered = []  # the epoch is over: the loader's own state says so
         finally:
             background.close()
+
+    def _distils(self, ahead: int) -> bool:
+        return self._schedule is None or self._schedule(self._steps.of(ahead)) > 0
 
     def _begin(self, background: BackgroundThread[_Answer], batch: Batch, stage: Stage | None) -> "Future[_Answer]":
         try:
@@ -194,6 +250,10 @@ class AttachedLoader(Generic[Batch]):
         return _Answer(soft if staged is None else staged, label_bytes, 1000 * (self._clock() - started_s))
 
     def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
+        self._steps.delivered()
+        if step.answer is None:
+            self._delivered = step.state
+            return step.batch, None
         clock = self._clock
         started_s = clock()
         answer = step.answer.result()

@@ -24,6 +24,7 @@ from logitcache.client.held_inputs import (
 )
 from logitcache.client.in_process import InProcess
 from logitcache.client.lookahead import BUFFER_BYTES
+from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
 from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
 from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
@@ -154,6 +155,9 @@ class Labels:
         depth: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         device: Any = None,
+        schedule: Schedule | None = None,
+        first_step: int = 0,
+        accumulate: int = 1,
     ) -> AttachedLoader[Batch]:
         """The loader, with the labels of each batch beside it: iterating gives ``(batch, soft)``.
 
@@ -185,10 +189,15 @@ class Labels:
                 than fit if their labels are as large as the largest of the last 32 answers, but always one ahead.
             device: yield `SoftLabelTensors` there in place of NumPy arrays. The thread that fetches makes them; for a
                 CUDA device it copies into pinned memory, and the step issues non-blocking copies on its own stream.
+            schedule: at which of the optimizer's steps to distil. Batches of steps of weight 0 come as
+                ``(batch, None)``, and nothing is fetched for them.
+            first_step: the optimizer's step that the first batch belongs to, for a run that resumes. Later epochs go on
+                from the last; ``step`` of what is returned tells the next one and can be set.
+            accumulate: batches that make one step of the optimizer; the end of an epoch ends a step, too.
 
         Raises:
-            InvalidRequest: ``depth`` is below 0, ``buffer_bytes`` is below 1, or ``attention_mask`` is given without
-                ``inputs``.
+            InvalidRequest: ``depth`` or ``first_step`` is below 0, ``buffer_bytes`` or ``accumulate`` is below 1, or
+                ``attention_mask`` is given without ``inputs``.
         """
         self._opened()
         parts = token_parts(inputs, attention_mask) if self._is_causal else _given(inputs, attention_mask)
@@ -207,6 +216,9 @@ class Labels:
             depth=depth,
             buffer_bytes=buffer_bytes,
             device=device,
+            schedule=schedule,
+            first_step=first_step,
+            accumulate=accumulate,
         )
 
     @property
