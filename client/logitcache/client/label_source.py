@@ -8,7 +8,7 @@ one in its place. It knows nothing of HTTP, files or torch.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, token_parts
 from logitcache.client.fetched import FetchedLabels
@@ -27,11 +27,13 @@ from logitcache.client.lookahead import BUFFER_BYTES
 from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
 from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
+from logitcache.client.waiting import once_labelled
 from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
 from logitcache.labels.identity import TeacherId
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import LABELLED, Description, LabelSet, OnMissing
 from logitcache.labels.ranges import as_ranges
+from logitcache.labels.soft_labels import SoftLabels
 
 Batch = TypeVar("Batch")
 
@@ -73,7 +75,7 @@ class Labels:
         view: int = 0,
         inputs: Any = None,
         attention_mask: Any = None,
-        on_missing: OnMissing = "error",
+        on_missing: OnMissing | Literal["wait"] = "error",
     ) -> FetchedLabels:
         """Soft labels of these examples, in the order asked for; duplicates are allowed.
 
@@ -90,7 +92,8 @@ class Labels:
             attention_mask: of padded token ids, 1 for a token and 0 for padding, left or right of the tokens. Without
                 it all of ``inputs`` are tokens.
             on_missing: ``"error"``, or ``"mask"`` for a ``present`` mask: where there is no label, a pointwise example
-                has a row of NaN, a causal one no rows.
+                has a row of NaN, a causal one no rows; or ``"wait"`` until a job or another run has labelled all of
+                them, for ``timeout_s`` seconds. Ids that the label set does not contain are an error at once.
 
         Raises:
             RowsMissing: some ids have no labels; ``error.ids`` names them.
@@ -100,7 +103,7 @@ class Labels:
             ShapeMismatch: there are more or fewer inputs than ids, or tokens than rows.
             InvalidIds, UnknownView, InvalidRequest: an argument cannot be right.
             DigestChanged: the label set no longer has the digest that was pinned.
-            DeadlineExceeded, Unavailable: no answer within the time allowed.
+            DeadlineExceeded, Unavailable: no answer, or with ``"wait"`` no labels, within the time allowed.
         """
         wanted = as_ids(on_cpu(ids))
         here, reader = self._opened()
@@ -115,8 +118,14 @@ class Labels:
         elif inputs is not None:
             check_one_an_id(inputs, len(wanted))
         asked = held.ranges if held is not None and rows is None else on_cpu(rows)
+
+        missing: OnMissing = "error" if on_missing == "wait" else on_missing
+
+        def read() -> SoftLabels:
+            return reader.fetch(wanted, rows=asked, view=view, digest=self._digest, on_missing=missing)
+
         try:
-            soft = reader.fetch(wanted, rows=asked, view=view, digest=self._digest, on_missing=on_missing)
+            soft = once_labelled(read, self._timeout_s) if on_missing == "wait" else read()
         except RangeOutside as error:
             if rows is not None:
                 raise
@@ -151,7 +160,7 @@ class Labels:
         view: int = 0,
         inputs: Part | Auto | None = AUTO,
         attention_mask: Part | Auto | None = AUTO,
-        on_missing: OnMissing = "error",
+        on_missing: OnMissing | Literal["wait"] = "error",
         depth: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         device: Any = None,
