@@ -53,7 +53,14 @@ def open_label_set(
 
 @cli.command()
 @click.argument("name")
-@click.option("--teacher", required=True, metavar="SPEC", help="module:callable that returns the teacher.")
+@click.option(
+    "--teacher",
+    "teachers",
+    required=True,
+    multiple=True,
+    metavar="SPEC",
+    help="module:callable that returns the teacher; given several times, the mean of their distributions is stored.",
+)
 @click.option("--dataset", required=True, metavar="SPEC", help="module:callable that returns the dataset.")
 @store_option
 @click.option("--top-k", required=True, type=click.IntRange(min=1), help="Classes to store of each row.")
@@ -87,7 +94,7 @@ def open_label_set(
     help="Store the dataset's targets, and the teacher's logits of them.  [default: where it gives whole numbers]",
 )
 @click.option("--plan", "only_plan", is_flag=True, help="Say how large it gets and how long it takes, and stop.")
-def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: Any) -> None:
+def precompute(only_plan: bool, teachers: tuple[str, ...], temperatures: tuple[float, ...], **arguments: Any) -> None:
     """Label a dataset with a teacher, as NAME.
 
     The same line again resumes what was interrupted, and appends what the dataset has more by now. The working folder
@@ -103,7 +110,7 @@ def precompute(only_plan: bool, temperatures: tuple[float, ...], **arguments: An
             from logitcache.server.labelling.precompute import precompute as run
             from logitcache.server.labelling.preparation import Request
             from logitcache.server.progress import reporter
-        request = Request(temperatures=temperatures, **arguments)
+        request = Request(teacher=teachers, temperatures=temperatures, **arguments)
         try:
             with sigterm_as_interrupt():
                 with reporter(file=job.progress) as watcher:

@@ -13,9 +13,10 @@ import numpy as np
 from logitcache.labels.errors import InvalidRequest, LabelSetNotFound
 from logitcache.labels.identity import Dtype, Identity, check_name, declared
 from logitcache.server.labelling.datasets import Examples, load_dataset
+from logitcache.server.labelling.ensembles import load_teachers
 from logitcache.server.labelling.shard_arrays import bucketed
 from logitcache.server.labelling.survey import Facts, refuse_beyond, refuse_repeated
-from logitcache.server.labelling.teachers import Teacher, load_teacher
+from logitcache.server.labelling.teachers import Teacher
 from logitcache.server.progress import Reporter, Silent
 from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
@@ -36,12 +37,13 @@ DEFAULT_CAUSAL_BATCH_SIZE = 16
 class Request:
     """What ``logitcache precompute`` was asked for; None means the default, or what the label set was begun with.
 
-    ``teacher`` and ``dataset`` are SPECs, ``device`` is torch's word for it, ``dtype`` that of the stored logits;
+    ``teacher`` and ``dataset`` are SPECs; several teachers are one whose distribution is the mean of theirs. ``device``
+    is torch's word for it, ``dtype`` that of the stored logits;
     ``targets`` says whether the dataset's targets are stored, by default where its first item has one.
     """
 
     name: str
-    teacher: str
+    teacher: str | tuple[str, ...]
     dataset: str
     store: Path
     top_k: int
@@ -121,7 +123,8 @@ def prepare(request: Request, reporter: Reporter | None = None) -> Prepared:
     """
     _check_arguments(request)
     existing = _existing(request)
-    teacher = load_teacher(request.teacher, request.device)
+    specs = (request.teacher,) if isinstance(request.teacher, str) else request.teacher
+    teacher = load_teachers(specs, request.device)
     targets = existing.identity.targets if existing and request.targets is None else request.targets
     examples = load_dataset(request.dataset, targets)
     if existing:
