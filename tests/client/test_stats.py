@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from logitcache.client.stats import WAITS_KEPT, Stats, Tally
+from logitcache.labels.bill import Bill, TeacherTime
 
 
 def step(waited_ms: float, *, fetched_ms: float = 0.0, label_bytes: int = 0, depth: int = 2) -> dict[str, Any]:
@@ -58,3 +59,14 @@ def test_a_snapshot_reads_as_a_sentence() -> None:
         "2 steps of 1.00 MB, fetched 3 ahead: waited 1.50 ms a step (median 1.50, p99 2.00, max 2.00), "
         "hid 20.00 ms a step"
     )
+
+
+def test_where_the_teachers_time_is_known_the_bill_is_told() -> None:
+    tally = Tally()
+    for fetch_ms in (1.5, 2.5):
+        tally.count(rows=250)
+        tally.count(fetch_ms=fetch_ms)
+    assert (tally.snapshot().fetch_ms, tally.snapshot().bill) == (4.0, None)
+    stats = tally.snapshot(TeacherTime(10.0, 1000, "cpu"))
+    assert stats.bill == Bill(TeacherTime(10.0, 1000, "cpu"), 500, 0.004)
+    assert str(stats).endswith(str(stats.bill))

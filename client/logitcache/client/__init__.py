@@ -19,7 +19,9 @@ from logitcache.client.fetched import FetchedLabels
 from logitcache.client.http import HttpLabelSet
 from logitcache.client.label_source import Labels
 from logitcache.client.schedule import Decay, EveryNth, FirstSteps, Schedule, WithProbability
+from logitcache.client.several import SeveralLabels
 from logitcache.client.stats import Stats
+from logitcache.client.viewed import with_views
 from logitcache.labels.errors import (
     DeadlineExceeded,
     DigestChanged,
@@ -40,7 +42,9 @@ from logitcache.labels.errors import (
 )
 from logitcache.labels.identity import TeacherId
 from logitcache.labels.label_set import Description
+from logitcache.labels.replaying import replay, seeded
 from logitcache.labels.soft_labels import SoftLabels
+from logitcache.labels.views import seed_for, view_of
 
 if TYPE_CHECKING:
     from logitcache.client.losses import distillation_loss, kl_divergence
@@ -67,6 +71,7 @@ __all__ = [
     "RowsMissing",
     "Schedule",
     "ServerUnreachable",
+    "SeveralLabels",
     "ShapeMismatch",
     "SoftLabelTensors",
     "SoftLabels",
@@ -80,7 +85,12 @@ __all__ = [
     "connect",
     "distillation_loss",
     "kl_divergence",
+    "replay",
+    "seed_for",
+    "seeded",
+    "view_of",
     "with_ids",
+    "with_views",
 ]
 
 _NEED_TORCH = {

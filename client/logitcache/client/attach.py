@@ -32,8 +32,8 @@ Batch = TypeVar("Batch")
 Part: TypeAlias = str | int | Callable[[Any], Any]
 """Where a part of a batch is: under a key, at a position, or what a function makes of the batch."""
 
-Fetch: TypeAlias = Callable[..., FetchedLabels]
-"""Labels of ids; parts of the batch besides the ids are its keywords."""
+Fetch: TypeAlias = Callable[..., FetchedLabels | tuple[FetchedLabels, ...]]
+"""Labels of ids, or those of several teachers; parts of the batch besides the ids are its keywords."""
 
 Stage: TypeAlias = Callable[[FetchedLabels], Any]
 """Prepares labels for a device: gives `logitcache.client.tensors.StagedLabels`."""
@@ -71,6 +71,12 @@ def token_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | Non
         look = _mask_of_input_ids if isinstance(inputs, Auto) else _attention_mask
         parts["attention_mask"] = look if isinstance(attention_mask, Auto) else attention_mask
     return parts
+
+
+def given_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
+    """The parts of a batch that were named; a pointwise label set looks for none by itself."""
+    named = {"inputs": inputs, "attention_mask": attention_mask}
+    return {name: part for name, part in named.items() if part is not None and not isinstance(part, Auto)}
 
 
 def _input_ids(batch: Any) -> Any:
@@ -123,9 +129,12 @@ class Steps:
 
 @dataclass
 class _Answer:
-    """The labels of one batch, prepared if there is a device, their bytes as received, and how long they took."""
+    """The labels of one batch, their bytes as received, and how long they took.
 
-    labels: "FetchedLabels | logitcache.client.tensors.StagedLabels"
+    ``take`` gives them; it is to be called in the thread that trains.
+    """
+
+    take: Callable[[], Any]
     label_bytes: int
     took_ms: float
 
@@ -162,12 +171,14 @@ class AttachedLoader(Generic[Batch]):
         schedule: Callable[[int], float] | None = None,
         first_step: int = 0,
         accumulate: int = 1,
+        by_step: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loader, self._fetch, self._tally, self._clock = loader, fetch, tally, clock
         self._ids, self._parts, self._device = ids, parts or {}, device
         self._lookahead = Lookahead(depth, buffer_bytes)
         self._schedule, self._steps = schedule, Steps(first_step, accumulate)
+        self._by_step = by_step  # labels depend on the optimizer's step, too: the fetch is told it as ``step``
         self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
 
     def __len__(self) -> int:
@@ -183,7 +194,10 @@ class AttachedLoader(Generic[Batch]):
         self._steps.begin(step)
 
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:
-        """Batches with `FetchedLabels`, or with `SoftLabelTensors` where there is a device; None where none are due."""
+        """Batches with `FetchedLabels`, or with `SoftLabelTensors` where there is a device; None where none are due.
+
+        Where several teachers answer for each example, a tuple of them.
+        """
         batches = iter(self._loader)  # before the thread begins: this forks the loader's workers
         self._delivered = self._state()
         self._steps.begin()
@@ -215,7 +229,8 @@ class AttachedLoader(Generic[Batch]):
                     except Exception as error:  # noqa: BLE001 - raised below, after the batches that came before it
                         ended, failure = True, error
                     else:
-                        answer = self._begin(background, batch, stage) if self._distils(len(steps)) else None
+                        step = self._steps.of(len(steps))
+                        answer = self._begin(background, batch, step, stage) if self._distils(step) else None
                         steps.append(_Step(batch, answer, self._state()))
                 if not steps:
                     break
@@ -226,10 +241,12 @@ class AttachedLoader(Generic[Batch]):
         finally:
             background.close()
 
-    def _distils(self, ahead: int) -> bool:
-        return self._schedule is None or self._schedule(self._steps.of(ahead)) > 0
+    def _distils(self, step: int) -> bool:
+        return self._schedule is None or self._schedule(step) > 0
 
-    def _begin(self, background: BackgroundThread[_Answer], batch: Batch, stage: Stage | None) -> "Future[_Answer]":
+    def _begin(
+        self, background: BackgroundThread[_Answer], batch: Batch, step: int, stage: Stage | None
+    ) -> "Future[_Answer]":
         try:
             # Here and not in the thread: what a user's function draws or moves must not depend on when a thread runs.
             ids = _part(batch, self._ids, "ids")
@@ -238,16 +255,23 @@ class AttachedLoader(Generic[Batch]):
             failed: Future[_Answer] = Future()
             failed.set_exception(error)
             return failed
+        if self._by_step:
+            others["step"] = step
         return background.submit(partial(self._answer, stage, ids, others))
 
     def _answer(self, stage: Stage | None, ids: Any, others: dict[str, Any]) -> _Answer:
         """In the background: labels, turned into tensors as far as that may be done there."""
         started_s = self._clock()
-        soft = self._fetch(ids, **others)
-        label_bytes = sum(array.nbytes for array in soft.arrays().values())
-        staged = None if stage is None else stage(soft)
-        self._lookahead.arrived(label_bytes if staged is None else staged.held_bytes)
-        return _Answer(soft if staged is None else staged, label_bytes, 1000 * (self._clock() - started_s))
+        fetched = self._fetch(ids, **others)
+        each = fetched if isinstance(fetched, tuple) else (fetched,)
+        label_bytes = held_bytes = sum(array.nbytes for soft in each for array in soft.arrays().values())
+        take: Callable[[], Any] = partial(_itself, fetched)
+        if stage is not None:
+            staged = [stage(soft) for soft in each]
+            held_bytes = sum(labels.held_bytes for labels in staged)
+            take = partial(_taken, staged) if isinstance(fetched, tuple) else staged[0].take
+        self._lookahead.arrived(held_bytes)
+        return _Answer(take, label_bytes, 1000 * (self._clock() - started_s))
 
     def _deliver(self, step: _Step[Batch]) -> tuple[Batch, Any]:
         self._steps.delivered()
@@ -258,7 +282,7 @@ class AttachedLoader(Generic[Batch]):
         started_s = clock()
         answer = step.answer.result()
         self._lookahead.step_waited(1000 * (clock() - started_s))
-        soft = answer.labels if isinstance(answer.labels, FetchedLabels) else answer.labels.take()
+        soft = answer.take()
         self._tally().step(
             waited_ms=1000 * (clock() - started_s),
             fetched_ms=answer.took_ms,
@@ -299,6 +323,14 @@ class AttachedLoader(Generic[Batch]):
     def _load_state_dict(self, state: Any) -> None:
         self._loader.load_state_dict(state)  # type: ignore[attr-defined]
         self._delivered = []
+
+
+def _itself(fetched: Any) -> Any:
+    return fetched
+
+
+def _taken(staged: "list[logitcache.client.tensors.StagedLabels]") -> tuple[Any, ...]:
+    return tuple(labels.take() for labels in staged)
 
 
 def _set_epoch(setters: list[Callable[[int], Any]], epoch: int) -> None:

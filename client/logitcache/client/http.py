@@ -43,6 +43,7 @@ from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import Description, OnMissing
 from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import SoftLabels, concatenate
+from logitcache.labels.views import Views, as_views
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class _Fetch:
 
     ids: Ids
     ranges: Ranges | None
-    view: int
+    view: Views
     on_missing: OnMissing
     deadline: Deadline
 
     def part(self, begin: int, size: int) -> "_Fetch":
         """The fetch of ``size`` of its examples."""
         part = slice(begin, begin + size)
-        return replace(self, ids=self.ids[part], ranges=None if self.ranges is None else self.ranges[part])
+        ranges = None if self.ranges is None else self.ranges[part]
+        view = self.view[part] if isinstance(self.view, np.ndarray) else self.view
+        return replace(self, ids=self.ids[part], ranges=ranges, view=view)
 
 
 class HttpLabelSet:
@@ -109,7 +112,7 @@ class HttpLabelSet:
         return self._describe(Deadline(self._timeout_s))
 
     def fetch(
-        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: Any = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> SoftLabels:
         """Soft labels of these examples, as `LabelSet.fetch`; the arrays are views of the bytes that arrived.
 
@@ -118,8 +121,11 @@ class HttpLabelSet:
         """
         wanted = as_ids(ids)
         ranges = None if rows is None else as_ranges(rows, len(wanted))
-        call = _Fetch(wanted, ranges, view, on_missing, Deadline(self._timeout_s))
-        check_kind(wanted, self._known(call.deadline).identity.ids, self.name)
+        deadline = Deadline(self._timeout_s)
+        identity = self._known(deadline).identity
+        check_kind(wanted, identity.ids, self.name)
+        views = as_views(view, wanted, identity.views, self.name)
+        call = _Fetch(wanted, ranges, views, on_missing, deadline)
         try:
             return self._fetch_parts(call, digest)
         except DigestChanged:

@@ -6,11 +6,12 @@ one in its place. It knows nothing of HTTP, files or torch.
 """
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, token_parts
+from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, given_parts, token_parts
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.held_inputs import (
     HeldTokens,
@@ -27,6 +28,7 @@ from logitcache.client.lookahead import BUFFER_BYTES
 from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
 from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
+from logitcache.client.viewed import check_seen
 from logitcache.client.waiting import once_labelled
 from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
 from logitcache.labels.identity import TeacherId
@@ -72,7 +74,7 @@ class Labels:
         ids: Any,
         *,
         rows: Any = None,
-        view: int = 0,
+        view: Any = 0,
         inputs: Any = None,
         attention_mask: Any = None,
         on_missing: OnMissing | Literal["wait"] = "error",
@@ -83,7 +85,8 @@ class Labels:
             ids: whole numbers (a list, an integer array or a tensor) or texts, whichever the label set's are.
             rows: of a causal label set, which rows of each example: ``(start, stop)`` for all, or an array (examples,
                 2). None means all, or as many as ``inputs`` have tokens.
-            view: which augmentation; this version has one, 0.
+            view: which augmentation: one for all ids, or a list, array or tensor with one for each. An id may stand
+                there several times, with another view each time.
             inputs: the inputs that you hold for these ids, to be checked against what the teacher was shown. Of a
                 pointwise label set, a stacked tensor or array, or a list: compared bit by bit, dtype and shape too. Of
                 a causal one, token ids in any integer dtype: padded to (batch, length), or a list with one sequence for
@@ -105,6 +108,7 @@ class Labels:
             DigestChanged: the label set no longer has the digest that was pinned.
             DeadlineExceeded, Unavailable: no answer, or with ``"wait"`` no labels, within the time allowed.
         """
+        began = time.perf_counter()
         wanted = as_ids(on_cpu(ids))
         here, reader = self._opened()
         held: HeldTokens | None = None
@@ -122,7 +126,10 @@ class Labels:
         missing: OnMissing = "error" if on_missing == "wait" else on_missing
 
         def read() -> SoftLabels:
-            return reader.fetch(wanted, rows=asked, view=view, digest=self._digest, on_missing=missing)
+            nonlocal began
+            if on_missing == "wait":
+                began = time.perf_counter()  # the wait before is not what fetching takes
+            return reader.fetch(wanted, rows=asked, view=on_cpu(view), digest=self._digest, on_missing=missing)
 
         try:
             soft = once_labelled(read, self._timeout_s) if on_missing == "wait" else read()
@@ -137,7 +144,9 @@ class Labels:
             check_tokens(held, soft, wanted, repr(self), masked=attention_mask is not None)
         elif inputs is not None:
             check_fingerprints(inputs, soft, wanted)
-        return FetchedLabels.of(soft)
+        fetched = FetchedLabels.of(soft)
+        here.tally.count(fetch_ms=1000 * (time.perf_counter() - began))
+        return fetched
 
     def missing(self, ids: Any) -> list[Id]:
         """Those of these ids that have no labels, once each, in the order given.
@@ -157,7 +166,7 @@ class Labels:
         *,
         ids: Part,
         rows: Part | tuple[int, int] | None = None,
-        view: int = 0,
+        view: Any = 0,
         inputs: Part | Auto | None = AUTO,
         attention_mask: Part | Auto | None = AUTO,
         on_missing: OnMissing | Literal["wait"] = "error",
@@ -180,10 +189,11 @@ class Labels:
 
         Args:
             loader: a DataLoader, or any iterable of batches.
-            ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`.
+            ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`. Where it has
+                what `with_views` adds, ids, views and hashes of the inputs are taken from that, and compared.
             rows: which rows of each example, for batches that begin in the middle of their examples: ``(start, stop)``
                 for all, or where a batch has an array or tensor (examples, 2) of them.
-            view: as in `fetch`.
+            view: one view for all, or where a batch has the view of each example: a key or a function.
             inputs: where a batch has the inputs, to check every one of them as `fetch` does; None checks nothing.
                 Unless given, ``"input_ids"`` of batches that have it, with a causal label set; nothing otherwise.
             attention_mask: where a batch has the mask of these inputs; unless given, ``"attention_mask"`` of batches
@@ -209,13 +219,20 @@ class Labels:
                 ``attention_mask`` is given without ``inputs``.
         """
         self._opened()
-        parts = token_parts(inputs, attention_mask) if self._is_causal else _given(inputs, attention_mask)
+        parts = token_parts(inputs, attention_mask) if self._is_causal else given_parts(inputs, attention_mask)
 
         def fetch(ids: Any, **others: Any) -> FetchedLabels:
-            return self.fetch(ids, view=view, on_missing=on_missing, **{"rows": rows, **others})
+            if not isinstance(ids, Mapping):
+                return self.fetch(ids, on_missing=on_missing, **{"rows": rows, "view": view, **others})
+            wanted = as_ids(on_cpu(ids["id"]))
+            soft = self.fetch(wanted, view=ids["view"], on_missing=on_missing, **others)
+            check_seen(ids, soft, wanted)
+            return soft
 
         if rows is not None and not isinstance(rows, tuple):
             parts["rows"] = rows
+        if isinstance(view, str) or callable(view):
+            parts["view"] = view
         return AttachedLoader(
             loader,
             fetch,
@@ -233,7 +250,8 @@ class Labels:
     @property
     def stats(self) -> Stats:
         """What fetching has cost in this process so far."""
-        return self._here().tally.snapshot()
+        here = self._here()
+        return here.tally.snapshot(None if here.described is None else here.described.teacher_time)
 
     def close(self) -> None:
         """Give back connections or mappings; arrays that were fetched stay valid."""
@@ -300,12 +318,6 @@ class Labels:
         check_expected(now, digest=self._digest, teacher=self._teacher)
         check_successor(here.described, now, repr(self), digest)
         here.described = now
-
-
-def _given(inputs: Part | Auto | None, attention_mask: Part | Auto | None) -> dict[str, Part]:
-    """The parts of a batch that were named; a pointwise label set looks for none by itself."""
-    named = {"inputs": inputs, "attention_mask": attention_mask}
-    return {name: part for name, part in named.items() if part is not None and not isinstance(part, Auto)}
 
 
 def _rebuild(

@@ -4,7 +4,7 @@ The divergence itself is in `divergence`, which positions are compared in `pairi
 come from, and moves them to the student's device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -26,7 +26,7 @@ ValueOf: TypeAlias = Callable[[Tensor, Pairs], Tensor]
 
 def distillation_loss(
     student_logits: Tensor,
-    soft: Soft,
+    soft: Soft | Sequence[Soft],
     *,
     targets: Tensor | str | None = None,
     temperature: float = 1.0,
@@ -62,9 +62,13 @@ def distillation_loss(
     has a next label in its line, but for the first with ``padding="left"``: the position before it may be padding. In a
     pack such examples must be left out. Memory beside the logits and their gradient is that of a few rows.
 
+    **Several teachers**: of a sequence of soft labels, those of the same examples by each teacher, it is the mean of
+    the losses against each. So the soft part is the mean over the teachers, and the CE counts once. Where one teacher
+    lacks an example, its share of the mean is the CE alone; without a target the example does not count for it.
+
     Args:
         student_logits: raw, as above. Classes beyond the teacher's count as part of its residual.
-        soft: the batch's soft labels, as fetched or as tensors on any device.
+        soft: the batch's soft labels, as fetched or as tensors on any device; or a sequence of them, one a teacher.
         targets: class indices, and -1 or ``ignore_index`` where there is none: (batch,), or unshifted labels in the
             shape of the student's positions, that of the logits without the classes. ``"stored"`` takes the label
             set's own: with ranges of rows it alone knows the token after a range. None means that nothing has one.
@@ -91,6 +95,28 @@ def distillation_loss(
         InvalidRequest: an argument is out of its bounds, or needs stored targets and there are none.
     """
     _check_options(alpha, reduction, num_items, label_smoothing)
+    if isinstance(soft, Sequence):
+        if not soft:
+            raise InvalidRequest("soft holds the labels of no teacher: give those of at least one")
+        losses = [
+            distillation_loss(
+                student_logits,
+                each,
+                targets=targets,
+                temperature=temperature,
+                alpha=alpha,
+                tail=tail,
+                reduction=reduction,
+                num_items=num_items,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                mask=mask,
+                padding=padding,
+                attention_mask=attention_mask,
+            )
+            for each in soft
+        ]
+        return torch.stack(losses).mean(0)
     soft = _moved(soft, student_logits)
     _check_tail(tail, soft)
     pairs, positions = paired(

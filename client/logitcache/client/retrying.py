@@ -6,13 +6,14 @@ idempotent.
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from logitcache.client.deadline import Deadline
 from logitcache.client.transport import ConnectionBroke
@@ -29,8 +30,8 @@ TELL_EVERY_S = 10.0
 """Seconds between two warnings of one call; its retries between are logged at debug level."""
 
 _LOG = logging.getLogger("logitcache.client")
-_BACK_OFF = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
-_SPREAD = wait_random(0.0, FIRST_WAIT_S)
+_DRAWS = random.Random()  # noqa: S311 - waits are no secrets
+"""Of its own: the process's generator may be replaying an augmentation in another thread."""
 Answer = TypeVar("Answer")
 
 
@@ -105,10 +106,11 @@ def ask(
 def _wait_s(state: RetryCallState) -> float:
     error = _error(state)
     if error.retry_after_s is not None:
-        return error.retry_after_s + _SPREAD(state)
+        return error.retry_after_s + _DRAWS.uniform(0.0, FIRST_WAIT_S)
     if state.attempt_number == 1 and isinstance(error.__cause__, ConnectionBroke):
         return 0.0
-    return _BACK_OFF(state)
+    # Full jitter, as `tenacity.wait_random_exponential` has it.
+    return _DRAWS.uniform(0.0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 32)))
 
 
 def _error(state: RetryCallState) -> LogitcacheError:

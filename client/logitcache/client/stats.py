@@ -8,6 +8,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass, replace
 
+from logitcache.labels.bill import Bill, TeacherTime
+
 WAITS_KEPT = 4096
 """Waits that the median and the 99th percentile are taken over: the newest ones."""
 
@@ -21,6 +23,8 @@ class Stats:
         bytes: bytes of their arrays.
         requests: HTTP requests begun, retries not counted; 0 for a folder.
         retries: requests that were sent again.
+        fetch_ms: milliseconds that all fetches took together, in whatever thread; with checks of inputs, and without
+            waiting for labels that were still being made.
         steps: batches that `attach` delivered.
         waited_ms: milliseconds that all those steps waited for their labels, on their device if one was named.
         waited_ms_mean: per step, over all steps; 0 before the first.
@@ -32,12 +36,15 @@ class Stats:
         hidden_ms_mean: per step, over all steps.
         step_bytes_mean: bytes of the arrays of one step's labels, over all steps.
         depth: batches ahead that labels are fetched for, as of the last step.
+        bill: what these rows would have taken the teacher, beside what fetching them took; None where the label set
+            does not tell its teacher's time, or no call needed it yet.
     """
 
     rows: int = 0
     bytes: int = 0
     requests: int = 0
     retries: int = 0
+    fetch_ms: float = 0.0
     steps: int = 0
     waited_ms: float = 0.0
     waited_ms_mean: float = 0.0
@@ -48,17 +55,20 @@ class Stats:
     hidden_ms_mean: float = 0.0
     step_bytes_mean: float = 0.0
     depth: int = 0
+    bill: Bill | None = None
 
     def __str__(self) -> str:
         fetched = (
             f"{self.rows:,} rows, {self.bytes / 1e6:,.1f} MB, {self.requests:,} requests, {self.retries:,} retries"
         )
+        bill = f"; {self.bill}" if self.bill else ""
         if not self.steps:
-            return fetched
+            return fetched + bill
         return (
             f"{fetched}; {self.steps:,} steps of {self.step_bytes_mean / 1e6:,.2f} MB, fetched {self.depth} ahead: "
             f"waited {self.waited_ms_mean:,.2f} ms a step (median {self.waited_ms_median:,.2f}, "
             f"p99 {self.waited_ms_p99:,.2f}, max {self.waited_ms_max:,.2f}), hid {self.hidden_ms_mean:,.2f} ms a step"
+            f"{bill}"
         )
 
 
@@ -69,12 +79,13 @@ class Tally:
         self._lock = threading.Lock()
         self._counts = {"rows": 0, "bytes": 0, "requests": 0, "retries": 0}
         self._waits_ms: deque[float] = deque(maxlen=WAITS_KEPT)
-        self._waited_ms = self._longest_ms = self._hidden_ms = 0.0
+        self._fetch_ms = self._waited_ms = self._longest_ms = self._hidden_ms = 0.0
         self._steps = self._step_bytes = self._depth = 0
 
-    def count(self, **amounts: int) -> None:
-        """Add to ``rows``, ``bytes``, ``requests`` or ``retries``."""
+    def count(self, *, fetch_ms: float = 0.0, **amounts: int) -> None:
+        """Add to ``rows``, ``bytes``, ``requests``, ``retries`` or ``fetch_ms``."""
         with self._lock:
+            self._fetch_ms += fetch_ms
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
@@ -90,12 +101,16 @@ class Tally:
             if waited_ms > self._longest_ms:
                 self._longest_ms = waited_ms
 
-    def snapshot(self) -> Stats:
-        """The counts as of now."""
+    def snapshot(self, teacher_time: TeacherTime | None = None) -> Stats:
+        """The counts as of now; with the bill where it is known what labelling took."""
         with self._lock:
             waits_ms = list(self._waits_ms)
             stats = Stats(
-                **self._counts,
+                rows=self._counts["rows"],
+                bytes=self._counts["bytes"],
+                requests=self._counts["requests"],
+                retries=self._counts["retries"],
+                fetch_ms=self._fetch_ms,
                 steps=self._steps,
                 waited_ms=self._waited_ms,
                 waited_ms_mean=self._waited_ms / max(1, self._steps),
@@ -105,6 +120,8 @@ class Tally:
                 step_bytes_mean=self._step_bytes / max(1, self._steps),
                 depth=self._depth,
             )
+        if teacher_time is not None:
+            stats = replace(stats, bill=Bill(teacher_time, stats.rows, stats.fetch_ms / 1000))
         if not waits_ms:
             return stats
         waits_ms.sort()  # outside the lock, which steps take, too

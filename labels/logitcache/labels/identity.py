@@ -22,6 +22,9 @@ WIDE_CLASSES = 65_536
 MAX_CLASSES = 2**31 - 1
 """Most classes that the format allows: a target is an int32."""
 
+MAX_VIEWS = 4096
+"""Most views that an example may have."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Dtype = Literal["float16", "float32"]
@@ -55,7 +58,8 @@ class Identity:
     set.
 
     ``temperatures`` are sorted, distinct and contain 1. ``dtype`` is that of the stored logits. ``targets`` says
-    whether the dataset's targets and their logits are stored, ``ids`` what its ids are.
+    whether the dataset's targets and their logits are stored, ``ids`` what its ids are. An example has a row for each
+    of its ``views``; they are made from ``seed``, and with seed 0 the dataset's items are taken as they are.
     """
 
     teacher: TeacherId
@@ -92,8 +96,10 @@ class Identity:
         numbers = ("k", "classes", "views", "seed", "format_version")
         if any(type(value[name]) is not int or value[name] < 0 for name in numbers):
             raise ValueError(f"one of {', '.join(numbers)} is not a whole number")
-        if not 1 <= value["k"] <= value["classes"] <= MAX_CLASSES or value["views"] != 1:
+        if not 1 <= value["k"] <= value["classes"] <= MAX_CLASSES or not 1 <= value["views"] <= MAX_VIEWS:
             raise ValueError(f"k={value['k']}, classes={value['classes']}, views={value['views']} are out of bounds")
+        if value["views"] > 1 and value["alignment"] == "causal":
+            raise ValueError("token sequences have one view")
         for name, known in _WORDS.items():
             if value[name] not in known or type(value[name]) is not type(known[0]):
                 raise ValueError(f"{name}={value[name]!r} is unknown")

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import MalformedMessage, TooManyRows
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import RowSpec, SoftLabels
@@ -80,7 +81,8 @@ class Description:
     ``examples`` are those that it has when all are labelled, ``labelled`` those whose shards are committed, with
     ``rows`` rows. ``generations`` are its complete states, the oldest first; while it is built for the first time there
     is none. ``retained_mass`` gives, for each declared temperature, the mean and the smallest probability that the
-    stored k hold, over the rows labelled so far.
+    stored k hold, over the rows labelled so far. ``teacher_time`` is what labelling those took of which that was
+    recorded; None where it was for none.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Description:
     label_bytes: int
     limits: Limits = field(default_factory=Limits)
     retained_mass: dict[str, dict[str, float]] = field(default_factory=dict)
+    teacher_time: TeacherTime | None = None
 
     @cached_property
     def row_spec(self) -> RowSpec:
@@ -120,11 +123,13 @@ class Description:
     @classmethod
     def from_json(cls, value: Any) -> "Description":
         """Read what `to_json` gave. Members that this version does not know are passed over: a newer server has more.
+        An older one has no ``teacher_time``.
 
         Raises:
             MalformedMessage: it is not a description.
         """
         try:
+            time = value.get("teacher_time")
             return cls(
                 name=_text(value["name"]),
                 identity=Identity.from_json(value["identity"]),
@@ -142,6 +147,7 @@ class Description:
                     _text(name): {_text(key): float(mass) for key, mass in entry.items()}
                     for name, entry in value["retained_mass"].items()
                 },
+                teacher_time=None if time is None else TeacherTime.from_json(time),
             )
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise MalformedMessage(f"this is not the description of a label set: {error}") from None
@@ -177,7 +183,7 @@ class LabelSet(Protocol):
         """What the label set is and how far it is, as of now."""
 
     def fetch(
-        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: Any = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> SoftLabels:
         """Soft labels of these examples: order and duplicates preserved.
 

@@ -188,13 +188,20 @@ def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None 
     return body.tobytes()
 
 
-def encode_ids(ids: Ids, rows: Ranges | None = None, **options: Any) -> bytes:
-    """Body of a request about examples: their ids, ranges of their rows unless None, and options as metadata (None is
-    left out).
+def encode_ids(ids: Ids, rows: Ranges | None = None, view: Any = None, **options: Any) -> bytes:
+    """Body of a request about examples: their ids, ranges of their rows unless None, their views, and options as
+    metadata (None is left out).
 
-    Whole numbers travel as int64, texts as their keys: a client hashes them once, and a server never.
+    Whole numbers travel as int64, texts as their keys: a client hashes them once, and a server never. A view for each
+    id is an array ``view``, one for all is metadata.
     """
-    arrays = {"ids": ids.keys} if rows is None else {"ids": ids.keys, "rows": rows}
+    arrays: dict[str, np.ndarray] = {"ids": ids.keys}
+    if rows is not None:
+        arrays["rows"] = rows
+    if isinstance(view, np.ndarray):
+        arrays["view"] = view
+    else:
+        options["view"] = view
     return encode(arrays, {name: str(value) for name, value in options.items() if value is not None})
 
 

@@ -93,6 +93,12 @@ def open_label_set(
     default=None,
     help="Store the dataset's targets, and the teacher's logits of them.  [default: where it gives whole numbers]",
 )
+@click.option(
+    "--views",
+    type=click.IntRange(min=1),
+    help="Make each item so many times, under seeds that the student replays, and store a row of each.",
+)
+@click.option("--seed", type=click.IntRange(min=1), help="Of the views.  [default: 1]")
 @click.option("--plan", "only_plan", is_flag=True, help="Say how large it gets and how long it takes, and stop.")
 def precompute(only_plan: bool, teachers: tuple[str, ...], temperatures: tuple[float, ...], **arguments: Any) -> None:
     """Label a dataset with a teacher, as NAME.

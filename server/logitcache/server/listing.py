@@ -5,6 +5,7 @@ Pure functions of descriptions; knows nothing of stores or of click.
 
 from collections.abc import Iterable, Sequence
 
+from logitcache.labels.identity import Identity
 from logitcache.labels.label_set import Description, Sealed
 from logitcache.server.wording import counted, size
 
@@ -25,6 +26,12 @@ _LEFT = frozenset({"NAME", "ALIGNMENT", "IDS", "TEACHER", "DIGEST"})
 
 _ALIGNMENTS = {"pointwise": "pointwise: a row an example", "causal": "causal: a row a token"}
 _IDS = {"ordinal": "the examples' ordinals", "integer": "whole numbers of the dataset", "text": "texts"}
+
+
+def _views(identity: Identity) -> str:
+    if not identity.seed:
+        return "none: inputs as the dataset gives them"
+    return f"{identity.views:,} of each example, a row each, from seed {identity.seed}"
 
 
 def table(descriptions: Iterable[Description]) -> str:
@@ -74,12 +81,14 @@ def page(description: Description) -> str:
         "labelled": f"{description.labelled:,} ({labelled(description)})",
         "ids": _IDS[identity.ids],
         "rows": f"{description.rows:,} labelled; {_ALIGNMENTS[identity.alignment]}",
+        "views": _views(identity),
         "targets": "stored, with their logits" if identity.targets else "not stored",
         "stored": f"top {identity.k} of {identity.classes:,} classes as {identity.dtype}",
         "temperatures": ", ".join(f"{value:g}" for value in identity.temperatures),
         "shards": f"{shards.committed:,} of {shards.total:,} committed, {shards.damaged:,} damaged",
         "size": size(description.label_bytes),
         "a fetch": _limits(description),
+        "teacher time": _teacher_time(description),
     }
     for temperature, mass in description.retained_mass.items():
         facts[f"retained at T={temperature}"] = f"{mass['mean']:.4%} on average, {mass['min']:.4%} at least"
@@ -89,6 +98,13 @@ def page(description: Description) -> str:
 
 def _generation(sealed: Sealed) -> str:
     return f"{sealed.digest}, {counted(sealed.examples, 'example')}"
+
+
+def _teacher_time(description: Description) -> str:
+    spent = description.teacher_time
+    if spent is None:
+        return "not recorded"
+    return str(spent) if spent.rows == description.rows else f"{spent}; not recorded of the other rows"
 
 
 def _limits(description: Description) -> str:

@@ -23,9 +23,9 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def extent(examples: int, rows: int) -> str:
+def extent(examples: int, rows: int, unit: str = "row") -> str:
     """How large a dataset or label set is: ``9,000 rows``, or ``120 examples with 4,500 tokens``."""
-    return counted(rows, "row") if rows == examples else f"{counted(examples, 'example')} with {counted(rows, 'token')}"
+    return counted(rows, "row") if rows == examples else f"{counted(examples, 'example')} with {counted(rows, unit)}"
 
 
 def size(count: float) -> str:

@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from logitcache.labels.errors import InvalidRequest, UnknownView
+from logitcache.labels.errors import InvalidRequest
 from logitcache.labels.identity import Identity
 from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import Limits
 from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import RowSpec
+from logitcache.labels.views import Views, as_views
 
 
 class Asked(NamedTuple):
@@ -15,7 +16,7 @@ class Asked(NamedTuple):
 
     ids: Ids
     ranges: Ranges | None
-    view: int
+    view: Views
     digest: str | None
     masked: bool
     limits: tuple[Limits, ...]
@@ -28,7 +29,7 @@ def asked_for(
     limits: tuple[Limits, ...],
     ids: Any,
     rows: Any,
-    view: int,
+    view: Any,
     digest: str | None,
     on_missing: str,
 ) -> Asked:
@@ -41,11 +42,10 @@ def asked_for(
     check_kind(wanted, identity.ids, name)
     for each in limits:
         each.check(spec, len(wanted), rows=0)
-    if isinstance(view, bool) or not isinstance(view, int) or not 0 <= view < identity.views:
-        raise UnknownView(f"view {view!r} of {name!r} does not exist: it has one view, 0")
+    chosen = as_views(view, wanted, identity.views, name)
     if on_missing not in ("error", "mask"):
         raise InvalidRequest(f"on_missing is {on_missing!r}; it can be 'error' or 'mask'")
     if rows is not None and not spec.ragged:
         raise InvalidRequest(f"rows={rows!r:.40}: each example of {name!r} has one row; ask for no range")
     ranges = None if rows is None else as_ranges(rows, len(wanted))
-    return Asked(wanted, ranges, view, digest, on_missing == "mask", limits)
+    return Asked(wanted, ranges, chosen, digest, on_missing == "mask", limits)

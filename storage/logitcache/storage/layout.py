@@ -28,6 +28,7 @@ from logitcache.labels.errors import InvalidRequest
 from logitcache.labels.identity import FORMAT_VERSION, Identity
 from logitcache.labels.label_set import row_spec
 from logitcache.labels.soft_labels import RowSpec
+from logitcache.labels.views import Views
 from logitcache.storage.packing import (
     MOST_SHARDS,
     QUANTUM,
@@ -75,7 +76,7 @@ class Layout:
         rows_per_shard: row slots of every shard, a multiple of `QUANTUM`.
         examples_per_shard: example slots of every shard, likewise.
         shard_examples: examples in each shard, at least one.
-        shard_rows: rows in each shard. Where each example has one row, as many as examples.
+        shard_rows: rows in each shard. Where each example has one row a view, as many as examples times views.
     """
 
     identity: Identity
@@ -86,13 +87,13 @@ class Layout:
 
     @classmethod
     def pointwise(cls, identity: Identity, examples: int, rows_per_shard: int) -> "Layout":
-        """The layout of so many examples with one row each, in full shards but for the last.
+        """The layout of so many examples with one row a view each, in full shards but for the last.
 
         Raises:
             InvalidRequest: as `check_rows_per_shard` and `grown` do.
         """
-        check_rows_per_shard(rows_per_shard)
-        return cls(identity, rows_per_shard, rows_per_shard, (), ()).grown(examples)
+        check_rows_per_shard(rows_per_shard, identity.views)
+        return cls(identity, rows_per_shard, rows_per_shard // identity.views, (), ()).grown(examples)
 
     @classmethod
     def causal(cls, identity: Identity, row_counts: Int64[np.ndarray, " examples"], rows_per_shard: int) -> "Layout":
@@ -116,9 +117,9 @@ class Layout:
             InvalidRequest: there would be more than `MOST_SHARDS` shards.
         """
         if isinstance(more, int):
-            full, rest = divmod(more, self.rows_per_shard)
-            counts = [self.rows_per_shard] * full + [rest] * (rest > 0)
-            return self._with([(count, count) for count in counts])
+            full, rest = divmod(more, self.examples_per_shard)
+            counts = [self.examples_per_shard] * full + [rest] * (rest > 0)
+            return self._with([(count, count * self.identity.views) for count in counts])
         return self._with(list(packed_shards(more, self.rows_per_shard, self.examples_per_shard, self.examples)))
 
     def _with(self, packed: list[tuple[int, int]]) -> "Layout":
@@ -237,6 +238,13 @@ class Layout:
             return ordinals
         slots: np.ndarray = ordinals + shifts[np.searchsorted(firsts, ordinals, side="right") - 1]
         return slots
+
+    def row_slots(self, example_slots: Int64[np.ndarray, " ids"], views: Views) -> Int64[np.ndarray, " ids"]:
+        """Where the rows of these views of examples stand in arrays over all row slots, where an example has a row a
+        view: one after the other.
+        """
+        count = self.identity.views
+        return example_slots if count == 1 else example_slots * count + views
 
     def chunk_bytes(self, array: Array) -> int:
         """Size of each of an array's chunk files, unused slots included."""

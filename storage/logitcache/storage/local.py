@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from logitcache.labels import wire
+from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import (
     DigestChanged,
     LabelSetNotFound,
@@ -34,10 +35,10 @@ from logitcache.storage.gather import gather_rows, gather_runs, mark_missing
 from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.paging import Paging
 from logitcache.storage.places import Places
-from logitcache.storage.records import Generation
+from logitcache.storage.records import Commit, Generation
 from logitcache.storage.shards import ShardReport, Shards, Verify
 from logitcache.storage.state import State
-from logitcache.storage.statistics import RetainedMass, read_retained, summed
+from logitcache.storage.statistics import RetainedMass, read_retained, read_teacher_time, summed
 from logitcache.storage.store import is_folder, names_in
 
 ADMISSIONS = 3
@@ -89,7 +90,7 @@ class LocalLabelSet:
         self._limits = limits or Limits()
         self._shards = Shards(Places(self.path), verify, scrub_s)
         self._identity, self._spec = self.layout.identity, self.layout.row_spec
-        self._retained: dict[str, RetainedMass] = {}
+        self._made: dict[int, _Made] = {}
         self._paging = Paging()
 
     @property
@@ -110,6 +111,7 @@ class LocalLabelSet:
         labelled = sum(layout.shard_examples[shard] for shard in state.commits)
         rows = sum(layout.shard_rows[shard] for shard in state.commits)
         texts = sum(commit.parts[TEXTS].bytes for commit in state.commits.values() if TEXTS in commit.parts)
+        made = self._how_made(state)
         return Description(
             name=self.name,
             identity=self._identity,
@@ -125,7 +127,8 @@ class LocalLabelSet:
             ),
             label_bytes=layout.used_bytes(labelled, rows) + texts,
             limits=self._limits,
-            retained_mass=self._retained_mass(state),
+            retained_mass=summed([each.retained for each in made]),
+            teacher_time=TeacherTime.summed(each.teacher_time for each in made),
         )
 
     def fetch(
@@ -133,7 +136,7 @@ class LocalLabelSet:
         ids: Any,
         *,
         rows: Any = None,
-        view: int = 0,
+        view: Any = 0,
         digest: str | None = None,
         on_missing: OnMissing = "error",
         limits: Limits | None = None,
@@ -147,7 +150,7 @@ class LocalLabelSet:
         return SoftLabels(**arrays, temperatures=self._spec.temperatures, digest=found)
 
     def fetch_body(
-        self, ids: Any, *, rows: Any = None, view: int = 0, digest: str | None = None, on_missing: OnMissing = "error"
+        self, ids: Any, *, rows: Any = None, view: Any = 0, digest: str | None = None, on_missing: OnMissing = "error"
     ) -> tuple[UInt8[np.ndarray, " bytes"], str | None]:
         """The same as one safetensors body, gathered straight into it, and the digest; `wire.decode_rows` reads it."""
         asked = self._asked(ids, rows, view, digest, on_missing)
@@ -181,7 +184,7 @@ class LocalLabelSet:
         return few and not self._paging.cold and self._shards.is_settled and self._shards.is_in_memory()
 
     def _asked(
-        self, ids: Any, rows: Any, view: int, digest: str | None, on_missing: str, limits: Limits | None = None
+        self, ids: Any, rows: Any, view: Any, digest: str | None, on_missing: str, limits: Limits | None = None
     ) -> Asked:
         allowed = (self._limits,) if limits is None else (self._limits, limits)
         return asked_for(self.name, self._identity, self._spec, allowed, ids, rows, view, digest, on_missing)
@@ -283,7 +286,10 @@ class LocalLabelSet:
         stored, slots, cold = self._shards.rows, place.slots, self._paging.cold
         if cold:
             self._shards.will_need("example", slots)
-        first, splits = self._row_runs(asked, place) if self._spec.ragged else (slots, None)
+        if self._spec.ragged:
+            first, splits = self._row_runs(asked, place)
+        else:
+            first, splits = place.state.layout.row_slots(slots, asked.view), None
         rows = len(slots) if splits is None else int(splits[-1])
         for limits in asked.limits:
             limits.check(self._spec, len(slots), rows)
@@ -296,7 +302,8 @@ class LocalLabelSet:
         else:
             arrays = gather_runs(stored, self._spec, first, splits, into)
         self._paging.note(time.perf_counter() - began, rows * self._spec.row_bytes)
-        arrays["fingerprint"] = stored["fingerprint"][:, asked.view].take(slots, 0, into.get("fingerprint"), "clip")
+        inputs = slots if splits is not None else first
+        arrays["fingerprint"] = stored["fingerprint"].reshape(-1).take(inputs, 0, into.get("fingerprint"), "clip")
         if splits is not None:
             arrays["row_splits"] = _put(splits, into.get("row_splits"))
         if asked.masked and place.looked is not None:
@@ -337,11 +344,16 @@ class LocalLabelSet:
             reason=f"shards withdrawn as damaged: {shown(damaged)}" if damaged else "not labelled yet",
         )
 
-    def _retained_mass(self, state: State) -> dict[str, dict[str, float]]:
+    def _how_made(self, state: State) -> "list[_Made]":
+        """Statistics of the committed shards, read once a commit: a repair may give the same bytes in another time."""
+        places, made = Places(self.path), []
         for shard, commit in state.commits.items():
-            if commit.sha256 not in self._retained:
-                self._retained[commit.sha256] = read_retained(Places(self.path), shard)
-        return summed([self._retained[commit.sha256] for commit in state.commits.values()])
+            known = self._made.get(shard)
+            if known is None or known.commit is not commit:
+                known = _Made(commit, read_retained(places, shard), read_teacher_time(places, shard))
+                self._made[shard] = known
+            made.append(known)
+        return made
 
     def damaged(self) -> dict[int, str]:
         """Shards that were committed and are withdrawn, with what was wrong."""
@@ -354,6 +366,14 @@ class LocalLabelSet:
     def close(self) -> None:
         """Stop verifying; arrays that were fetched are copies and stay valid."""
         self._shards.close()
+
+
+class _Made(NamedTuple):
+    """How the shard of a commit was made."""
+
+    commit: Commit
+    retained: RetainedMass
+    teacher_time: TeacherTime | None
 
 
 @dataclass(frozen=True)

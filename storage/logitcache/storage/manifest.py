@@ -65,7 +65,7 @@ def _layout(root: Path, group: dict[str, Any]) -> Layout:
             identity,
             rows_per_shard=_slots(manifest, "rows_per_shard"),
             examples_per_shard=_slots(manifest, "examples_per_shard"),
-            **_shards(manifest, pointwise=identity.alignment == "pointwise"),
+            **_shards(manifest, identity.views if identity.alignment == "pointwise" else None),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise NotALabelSet(f"{root}/zarr.json: the manifest is damaged: {error}") from None
@@ -85,8 +85,8 @@ def _slots(manifest: dict[str, Any], name: str) -> int:
     return slots
 
 
-def _shards(manifest: dict[str, Any], *, pointwise: bool) -> dict[str, tuple[int, ...]]:
-    """Examples and rows of each shard, none of which uses more slots than it has."""
+def _shards(manifest: dict[str, Any], rows_each: int | None) -> dict[str, tuple[int, ...]]:
+    """Examples and rows of each shard, none of which uses more slots than it has; rows of each example, if equal."""
     counts: dict[str, list[int]] = manifest["shards"]
     for name in ("examples", "rows"):
         most = manifest[f"{name}_per_shard"]
@@ -97,8 +97,14 @@ def _shards(manifest: dict[str, Any], *, pointwise: bool) -> dict[str, tuple[int
         raise ValueError("its shards are not told by examples and rows")
     if not 1 <= len(examples) <= MOST_SHARDS:
         raise ValueError(f"{len(examples):,} shards are not 1 to {MOST_SHARDS:,}")
-    if pointwise and (examples != rows or manifest["examples_per_shard"] != manifest["rows_per_shard"]):
-        raise ValueError("examples with one row each have other rows than examples")
+    if rows_each is not None and any(
+        count * rows_each != all_rows
+        for count, all_rows in [
+            (manifest["examples_per_shard"], manifest["rows_per_shard"]),
+            *zip(examples, rows, strict=True),
+        ]
+    ):
+        raise ValueError(f"examples with {rows_each:,} row{'s' * (rows_each > 1)} each have other rows than examples")
     if any(count < each for count, each in zip(rows, examples, strict=True)):
         raise ValueError("a shard has fewer rows than examples")
     return {"shard_examples": tuple(examples), "shard_rows": tuple(rows)}

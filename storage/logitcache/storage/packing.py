@@ -36,30 +36,33 @@ MOST_SLOTS = 2**31
 """Most slots that a shard may have: positions within a shard are 32 bits."""
 
 
-def check_rows_per_shard(rows_per_shard: int | None) -> None:
+def check_rows_per_shard(rows_per_shard: int | None, views: int = 1) -> None:
     """Refuse a shard size whose chunk files would not be whole pages; None is left to the default.
 
     Raises:
-        InvalidRequest: not a positive multiple of 4,096, or beyond `MOST_SLOTS`.
+        InvalidRequest: not a positive multiple of 4,096 for each view, or beyond `MOST_SLOTS`.
     """
-    if rows_per_shard is None or (QUANTUM <= rows_per_shard <= MOST_SLOTS and rows_per_shard % QUANTUM == 0):
+    quantum = QUANTUM * views
+    if rows_per_shard is None or (quantum <= rows_per_shard <= MOST_SLOTS and rows_per_shard % quantum == 0):
         return
-    nearest = min(max(1, round(rows_per_shard / QUANTUM)), MOST_SLOTS // QUANTUM) * QUANTUM
+    nearest = min(max(1, round(rows_per_shard / quantum)), MOST_SLOTS // quantum) * quantum
+    each = "" if views == 1 else f" for {views:,} views"
     raise InvalidRequest(
-        f"--rows-per-shard {rows_per_shard} is not a positive multiple of {QUANTUM:,} up to {MOST_SLOTS:,}: "
+        f"--rows-per-shard {rows_per_shard} is not a positive multiple of {quantum:,} up to {MOST_SLOTS:,}{each}: "
         f"try {nearest}"
     )
 
 
-def default_rows_per_shard(rows: int, longest: int = 1) -> int:
-    """Row slots of a shard for a dataset of so many rows, at most ``longest`` an example.
+def default_rows_per_shard(rows: int, longest: int = 1, views: int = 1) -> int:
+    """Row slots of a shard for a dataset of so many rows, at most ``longest`` an example, or one for each of ``views``.
 
-    A multiple of 4,096: the power of two next to a sixteenth of the rows, from `LEAST_DEFAULT` to `MOST_DEFAULT`; more
-    if an example, or `COMFORTABLE_EXAMPLES` of the longest, or shards few enough to map need more.
+    A multiple of 4,096 for each view: the power of two next to a sixteenth of the rows, from `LEAST_DEFAULT` to
+    `MOST_DEFAULT`; more if an example, or `COMFORTABLE_EXAMPLES` of the longest, or shards few enough to map need more.
     """
     needed = max(longest, min(COMFORTABLE_EXAMPLES * longest, rows), -(-rows // COMFORTABLE_SHARDS))
     fitting = 1 << max(0, round(math.log2(max(1, rows) / DEFAULT_SHARDS)))
-    return max(min(max(LEAST_DEFAULT, fitting), MOST_DEFAULT), -(-needed // QUANTUM) * QUANTUM)
+    quantum = QUANTUM * views
+    return -(-max(min(max(LEAST_DEFAULT, fitting), MOST_DEFAULT), needed) // quantum) * quantum
 
 
 def packed_shards(

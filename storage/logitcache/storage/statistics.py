@@ -1,4 +1,4 @@
-"""What is kept of how a shard was made: retained mass, timings, settings of the run.
+"""What is kept of how a shard was made: retained mass, the teacher's time, settings of the run.
 
 It lies beside the commits and outside what is hashed: rows never depend on it, and what does not read is left out.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.labels.bill import TeacherTime
 from logitcache.labels.soft_labels import SoftLabels, temperature_name
 from logitcache.storage.places import Places
 
@@ -41,6 +42,14 @@ def read_retained(places: Places, shard: int) -> RetainedMass:
         return {str(name): (int(e["rows"]), float(e["sum"]), float(e["min"])) for name, e in entries.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def read_teacher_time(places: Places, shard: int) -> TeacherTime | None:
+    """What the teacher took for a shard's rows; None when its statistics do not tell."""
+    try:
+        return TeacherTime.from_json(read_statistics(places, shard)["teacher_time"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def summed(shards: list[RetainedMass]) -> dict[str, dict[str, float]]:

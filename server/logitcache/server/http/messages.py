@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ON_MISSING: dict[str, OnMissing] = {"error": "error", "mask": "mask"}
 
 
-_TAGS = frozenset({"whole numbers", "texts", "one range", "a range each"})
+_TAGS = frozenset({"whole numbers", "texts", "one range", "a range each", "one view", "a view each"})
 """Names of alternatives that pydantic puts into the place of an error; the client wrote none of them."""
 
 
@@ -45,6 +45,10 @@ def _kind_of_ids(ids: Any) -> str:
 
 def _kind_of_rows(rows: Any) -> str:
     return "a range each" if isinstance(rows, list) and rows and isinstance(rows[0], list) else "one range"
+
+
+def _kind_of_view(view: Any) -> str:
+    return "a view each" if isinstance(view, list) else "one view"
 
 
 class _FirstOnly(FailFast):
@@ -61,6 +65,11 @@ _IdList = Annotated[
 _Rows = Annotated[
     Annotated[tuple[int, int], Tag("one range")] | Annotated[list[tuple[int, int]], _FirstOnly(), Tag("a range each")],
     Discriminator(_kind_of_rows),
+]
+
+_View = Annotated[
+    Annotated[int, Tag("one view")] | Annotated[list[int], _FirstOnly(), Tag("a view each")],
+    Discriminator(_kind_of_view),
 ]
 
 
@@ -85,7 +94,7 @@ class FetchBody(MissingBody):
         "alone. All rows unless given.",
         examples=[[0, 512], [[0, 512], [512, 1024], [0, 7]]],
     )
-    view: int = Field(0, description="Which augmentation; label sets of this version have one, 0.")
+    view: _View = Field(0, description="Which augmentation: one for all examples, or one for each.")
     on_missing: OnMissing = Field("error", description="What to do about ids without labels.")
 
 
@@ -103,7 +112,7 @@ class FetchRequest:
 
     ids: Ids
     rows: Any = None
-    view: int = 0
+    view: Any = 0
     digest: str | None = None
     on_missing: OnMissing = "error"
 
@@ -201,13 +210,16 @@ def parse_fetch(body: bytes, kind: str) -> FetchRequest:
     if kind == JSON:
         asked = _parse_json(FetchBody, body)
         return FetchRequest(as_ids(asked.ids), asked.rows, asked.view, _digest(asked.digest), asked.on_missing)
-    ids, rows, options = _parse_safetensors("fetch", body, {"view", "digest", "on_missing"})
+    arrays, options = _parse_safetensors("fetch", body, {"rows", "view"}, {"view", "digest", "on_missing"})
     view = options.get("view", "0")
     if not (view.removeprefix("-").isascii() and view.removeprefix("-").isdecimal() and len(view) < 20):
         raise InvalidRequest(f"view: {view[:40]!r} is not a whole number")
     if (on_missing := _ON_MISSING.get(options.get("on_missing", "error"))) is None:
         raise InvalidRequest(f"on_missing: {options['on_missing'][:40]!r} is neither 'error' nor 'mask'")
-    return FetchRequest(ids, rows, int(view), _digest(options.get("digest")), on_missing)
+    if "view" in arrays and "view" in options:
+        raise InvalidRequest("view: give one for all or one for each id, not both")
+    chosen = arrays.get("view", int(view))
+    return FetchRequest(_ids(arrays), arrays.get("rows"), chosen, _digest(options.get("digest")), on_missing)
 
 
 def parse_missing(body: bytes, kind: str) -> MissingRequest:
@@ -215,10 +227,10 @@ def parse_missing(body: bytes, kind: str) -> MissingRequest:
     if kind == JSON:
         asked = _parse_json(MissingBody, body)
         return MissingRequest(as_ids(asked.ids), _digest(asked.digest))
-    ids, rows, options = _parse_safetensors("missing", body, {"digest"})
-    if rows is not None:
+    arrays, options = _parse_safetensors("missing", body, {"rows"}, {"digest"})
+    if "rows" in arrays:
         raise InvalidRequest("rows: whether an example has labels is not asked by the row")
-    return MissingRequest(ids, _digest(options.get("digest")))
+    return MissingRequest(_ids(arrays), _digest(options.get("digest")))
 
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -239,21 +251,29 @@ def _told(error: Mapping[str, Any]) -> dict[str, Any]:
     return {"loc": tuple(part for part in error["loc"] if part not in _TAGS), "msg": error["msg"]}
 
 
-def _parse_safetensors(what: str, body: bytes, known: set[str]) -> tuple[Ids, np.ndarray | None, dict[str, str]]:
+def _parse_safetensors(
+    what: str, body: bytes, others: set[str], known: set[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Its arrays, ids among them, and its options."""
     arrays, options = wire.parse(body)
     ids = arrays.get("ids")
-    if ids is None or set(arrays) - {"ids", "rows"} or ids.dtype not in (np.int64, np.uint64):
+    if ids is None or set(arrays) - others - {"ids"} or ids.dtype not in (np.int64, np.uint64):
         found = shown(f"{name[:40]} ({array.dtype})" for name, array in arrays.items()) or "nothing"
         raise InvalidIds(
             f"a {what} request holds an array ids (int64 (ids,), or uint64 (ids, 2) for the keys of texts) "
-            f"and may hold rows (int64); this one holds {found}"
+            f"and may hold {' and '.join(sorted(others))} (int64); this one holds {found}"
         )
-    rows = arrays.get("rows")
-    if rows is not None and rows.dtype != np.int64:
-        raise InvalidRequest(f"rows: {rows.dtype} is not int64")
+    for name in others & set(arrays):
+        if arrays[name].dtype != np.int64:
+            raise InvalidRequest(f"{name}: {arrays[name].dtype} is not int64")
     if unknown := sorted(set(options) - known):
         raise InvalidRequest(f"a {what} request has no option {unknown[0][:40]!r}; it has {', '.join(sorted(known))}")
-    return (as_ids(ids) if ids.dtype == np.int64 else _keys(ids)), rows, options
+    return arrays, options
+
+
+def _ids(arrays: Mapping[str, np.ndarray]) -> Ids:
+    ids = arrays["ids"]
+    return as_ids(ids) if ids.dtype == np.int64 else _keys(ids)
 
 
 def _keys(keys: np.ndarray) -> Ids:

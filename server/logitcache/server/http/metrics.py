@@ -3,12 +3,13 @@
 Label values are bounded whatever clients send: routes are templates, methods a fixed few, label sets those that exist.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from logitcache.labels.bill import Bill
 from logitcache.labels.errors import LogitcacheError
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.record import Record
@@ -37,7 +38,7 @@ class Metrics:
         self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=self.registry)
         self._routes: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._label_sets: dict[str, tuple[Counter, Counter]] = {}
-        self.registry.register(LabelSetGauges(catalog))
+        self.registry.register(LabelSetGauges(catalog, self._rows_served))
         if jobs is not None:
             self.registry.register(JobGauges(jobs))
 
@@ -53,6 +54,11 @@ class Metrics:
             rows, sent = self._of_label_set(record.label_set)
             rows.inc(record.rows)
             sent.inc(record.body_bytes)
+
+    def _rows_served(self) -> dict[str, int]:
+        """Rows sent so far, by label set."""
+        samples = (sample for metric in self._rows.collect() for sample in metric.samples)
+        return {each.labels["label_set"]: int(each.value) for each in samples if each.name.endswith("_total")}
 
     # Finding a labelled counter costs several times what counting does.
     def _of_route(self, method: str, route: str, status: int) -> tuple[Counter, Histogram]:
@@ -70,25 +76,39 @@ class Metrics:
 class LabelSetGauges(Collector):
     """Gauges that are read from the label sets when Prometheus asks."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, rows_served: Callable[[], Mapping[str, int]]) -> None:
+        self._catalog, self._rows_served = catalog, rows_served
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Examples and shards of every label set that can be opened; none when the store cannot be listed."""
+        """Examples, shards and teacher time of every label set that can be opened; none without the store.
+
+        What was saved is a gauge: while shards are labelled, the time of a row changes, and with it what all rows would
+        have taken.
+        """
         examples = GaugeMetricFamily(
             "logitcache_label_set_examples", "Examples by state", labels=("label_set", "state")
         )
         shards = GaugeMetricFamily("logitcache_label_set_shards", "Shards by state", labels=("label_set", "state"))
+        spent = GaugeMetricFamily(
+            "logitcache_teacher_seconds", "Time that the teacher took to label, once", labels=("label_set",)
+        )
+        saved = GaugeMetricFamily(
+            "logitcache_teacher_seconds_saved", "Time that it would have taken for the rows sent", labels=("label_set",)
+        )
         try:
+            served = self._rows_served()
             for label_set in self._catalog.descriptions():
                 examples.add_metric((label_set.name, "total"), label_set.examples)
                 examples.add_metric((label_set.name, "labelled"), label_set.labelled)
                 for state in ("total", "committed", "verified", "damaged"):
                     shards.add_metric((label_set.name, state), getattr(label_set.shards, state))
+                if label_set.teacher_time is not None:
+                    bill = Bill(label_set.teacher_time, served.get(label_set.name, 0))
+                    spent.add_metric((label_set.name,), bill.teacher.seconds)
+                    saved.add_metric((label_set.name,), bill.saved_s)
         except LogitcacheError:
             return
-        yield examples
-        yield shards
+        yield from (examples, shards, spent, saved)
 
 
 class JobGauges(Collector):

@@ -27,6 +27,7 @@ class Batch:
 
     Attributes:
         ordinals: (batch,) int64.
+        views: (batch,) int64 view of each.
         ids: of the examples; the ordinals where the dataset gives none.
         inputs: (batch, ...) as the dataset gave them, or (batch, longest) int64 tokens.
         fingerprints: (batch,) uint64.
@@ -40,6 +41,7 @@ class Batch:
     fingerprints: np.ndarray
     lengths: np.ndarray | None
     targets: np.ndarray | None
+    views: np.ndarray
 
     @classmethod
     def of(cls, examples: Sequence[Example], kind: Kind) -> "Batch":
@@ -62,6 +64,7 @@ class Batch:
             fingerprints=_fingerprints(examples, inputs, kind),
             lengths=np.array([len(example.input) for example in examples], np.int64) if kind.causal else None,
             targets=np.concatenate(targets) if kind.targets else None,
+            views=np.array([example.view for example in examples], np.int64),
         )
 
     @property

@@ -68,9 +68,12 @@ def _stored_facts(writer: LabelSetWriter, shard: int, kind: Kind) -> Facts:
         stored["key"] = writer.stored(shard, "ids")
     if kind.targets:
         targets = writer.stored(shard, "target")
-        starts = writer.stored(shard, "row_start") if kind.causal else np.arange(len(targets))
+        views = writer.layout.identity.views
+        starts = writer.stored(shard, "row_start") if kind.causal else np.arange(0, len(targets), views)
         of_examples = np.split(targets, starts[1:])
-        stored["targets"] = np.array([targets_hash(one) for one in of_examples], np.uint64)
+        # Facts are those of the first view, as its fingerprint is.
+        first = [one if kind.causal else one[:1] for one in of_examples]
+        stored["targets"] = np.array([targets_hash(one) for one in first], np.uint64)
     return stored
 
 

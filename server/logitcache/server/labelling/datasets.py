@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from logitcache.labels.errors import DatasetChanged, DatasetFault, shown
+from logitcache.labels.errors import DatasetChanged, DatasetFault, InvalidRequest, shown
+from logitcache.labels.viewed_items import ViewedItems
 from logitcache.server.labelling import specs
 from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.items import Example, Kind, read_item, settle
@@ -28,45 +29,62 @@ SURVEYED = 64
 class Examples(Dataset[Any]):
     """A user's dataset with each item read as an `Example`.
 
+    A *place* is an ordinal and a view in one number, ``ordinal * views + view``; with one view it is the ordinal.
+
     Attributes:
         kind: what its items are.
+        views: how many there are of each example.
     """
 
-    def __init__(self, dataset: Any, length: int, kind: Kind, spec: str) -> None:
+    def __init__(self, dataset: Any, length: int, kind: Kind, spec: str, views: int = 1, seed: int = 0) -> None:
+        """With ``seed`` 0 items are taken as they are."""
         self._dataset, self._length, self.kind, self._spec = dataset, length, kind, spec
+        self.views, self._viewed = views, ViewedItems(dataset, seed) if seed else None
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, ordinal: int) -> Example | DatasetFault:
-        """An example; a `DatasetFault` in its place where there is none to be had.
+    def __getitem__(self, place: int) -> Example | DatasetFault:
+        """The example at a place; a `DatasetFault` instead where there is none to be had.
 
         A fault is returned and not raised, because a loader's worker would wrap what is raised in a traceback's text.
         """
         try:
-            ordinal = int(ordinal)
-            return read_item(_item(self._dataset, ordinal), ordinal, self.kind)
+            ordinal, view = divmod(int(place), self.views)
+            return read_item(self._item(ordinal, view), ordinal, self.kind, view)
         except DatasetFault as fault:
             return fault
 
-    def batches(self, index_lists: Iterable[Sequence[int]], workers: int = 0) -> Generator[Batch, None, None]:
-        """Read these batches in this order, ``workers`` processes ahead of the caller.
+    def _item(self, ordinal: int, view: int) -> Any:
+        viewed = self._viewed
+        return _item(self._dataset.__getitem__ if viewed is None else partial(_view, viewed, view), ordinal)
+
+    def batches(self, places: Iterable[Sequence[int]], workers: int = 0) -> Generator[Batch, None, None]:
+        """Read batches of these places in this order, ``workers`` processes ahead of the caller.
 
         Raises:
             DatasetFault: an item cannot be read or stacked; the example is named.
         """
-        return self._loaded(index_lists, workers, partial(Batch.of, kind=self.kind))
+        return self._loaded(places, workers, partial(Batch.of, kind=self.kind))
 
     def facts(
-        self, ordinals: Sequence[int], workers: int = 0, advance: Callable[[int], None] = lambda examples: None
+        self,
+        ordinals: Sequence[int],
+        workers: int = 0,
+        advance: Callable[[int], None] = lambda examples: None,
+        view: int = 0,
     ) -> Facts:
-        """What these examples are known by; inputs are read and let go. ``advance`` is told how many more were read.
+        """What these examples are known by, as they are in a view; inputs are read and let go. ``advance`` is told how
+        many more were read.
 
         Raises:
             DatasetFault: an item cannot be read; the example is named.
         """
         facts = np.empty(len(ordinals), facts_dtype(self.kind))
-        lists = (ordinals[start : start + SURVEYED] for start in range(0, len(ordinals), SURVEYED))
+        lists = (
+            [ordinal * self.views + view for ordinal in ordinals[start : start + SURVEYED]]
+            for start in range(0, len(ordinals), SURVEYED)
+        )
         done = 0
         with worker_deaths_told():
             for part in self._loaded(lists, workers, partial(facts_of, kind=self.kind)):
@@ -105,6 +123,7 @@ class Examples(Dataset[Any]):
 
         Raises:
             DatasetChanged: it does; random augmentation without a fixed seed is the usual cause.
+            DatasetFault: all views of each of these are the same.
         """
         count = min(PROBES, len(self))
         probes: list[int] = np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist()
@@ -113,16 +132,37 @@ class Examples(Dataset[Any]):
         if changed:
             raise DatasetChanged(
                 f"the dataset {self._spec!r} gives other {' and '.join(differing(first, second))} each time it is read "
-                f"({len(changed)} of {len(probes)} examples tried: {shown(changed)}): turn "
-                "random augmentation off, or seed it by the example's index; nothing was labelled",
+                f"({len(changed)} of {len(probes)} examples tried: {shown(changed)}): {self._advice}; "
+                "nothing was labelled",
                 ids=changed,
+            )
+        if self.views > 1 and bool(alike(first, self.facts(probes, view=1)).all()):
+            raise DatasetFault(
+                f"the dataset {self._spec!r} gives the same for every view ({len(probes)} examples tried): {_IGNORED}; "
+                "without random augmentation leave --views out; nothing was labelled"
             )
         return probes, first
 
+    @property
+    def _advice(self) -> str:
+        if self._viewed is not None:
+            return f"even from the same seed: {_IGNORED}"
+        return "turn random augmentation off, or label it with --views, or seed it by the example's index"
 
-def _item(dataset: Any, ordinal: int) -> Any:
+
+_IGNORED = (
+    "its transform does not draw from random, numpy.random or torch; wrap one with generators of its own in "
+    "logitcache.client.seeded"
+)
+
+
+def _view(viewed: ViewedItems, view: int, ordinal: int) -> Any:
+    return viewed.item(ordinal, view)
+
+
+def _item(read: Callable[[int], Any], ordinal: int) -> Any:
     try:
-        return dataset[ordinal]
+        return read(ordinal)
     except DatasetFault:
         raise
     except Exception as error:
@@ -169,10 +209,13 @@ def _worker_ended(told: object) -> DatasetFault:
     )
 
 
-def load_dataset(spec: str, targets: bool | None = None) -> Examples:
+def load_dataset(spec: str, targets: bool | None = None, views: int = 1, seed: int = 0) -> Examples:
     """The dataset that a SPEC names; ``targets`` says whether targets are kept, None that they are where it gives some.
 
+    Each item is made for so many views from this seed; with seed 0 it is taken as it is.
+
     Raises:
+        InvalidRequest: token sequences have one view.
         SpecNotFound: the SPEC names nothing.
         DatasetFault: making it raised, it is not map-style, it is empty, or its first item cannot be labelled.
     """
@@ -188,4 +231,7 @@ def load_dataset(spec: str, targets: bool | None = None) -> Examples:
         raise DatasetFault(f"the length of the dataset {spec!r} raised {type(error).__name__}: {error}") from error
     if not length:
         raise DatasetFault(f"the dataset {spec!r} is empty")
-    return Examples(made, length, settle(_item(made, 0), targets), spec)
+    kind = settle(_item(made.__getitem__, 0), targets)
+    if kind.causal and seed:
+        raise InvalidRequest("token sequences have one view, as they are: leave --views out")
+    return Examples(made, length, kind, spec, views, seed)

@@ -45,12 +45,14 @@ class Example:
         id: what the dataset calls it; the ordinal where the dataset gives no ids.
         input: what the teacher is shown, as the dataset gave it; of a token sequence (length,) uint32, padding cut off.
         targets: (rows,) int32, -1 for none; None where targets are not kept.
+        view: which of its views it is.
     """
 
     ordinal: int
     id: int | str
     input: Any
     targets: np.ndarray | None
+    view: int = 0
 
     @property
     def fingerprint(self) -> int:
@@ -95,8 +97,8 @@ def settle(item: Any, targets: bool | None) -> Kind:
     return Kind("causal" if parts.causal else "pointwise", ids, targets)
 
 
-def read_item(item: Any, ordinal: int, kind: Kind) -> Example:
-    """An item of a dataset of this kind.
+def read_item(item: Any, ordinal: int, kind: Kind, view: int = 0) -> Example:
+    """An item of a dataset of this kind, as it is in this view.
 
     Raises:
         DatasetFault: it is not of this kind, or cannot be labelled.
@@ -111,7 +113,7 @@ def read_item(item: Any, ordinal: int, kind: Kind) -> Example:
         targets = next_targets(parts.target, tokens, ordinal) if kind.targets else None
         return Example(ordinal, id, tokens.ids, targets)
     targets = np.array([_target(parts.target, ordinal)], np.int32) if kind.targets else None
-    return Example(ordinal, id, parts.input, targets)
+    return Example(ordinal, id, parts.input, targets, view)
 
 
 def _parts(item: Any, ordinal: int) -> _Parts:

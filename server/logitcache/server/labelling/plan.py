@@ -56,7 +56,7 @@ class Plan:
         lines = [
             f"{self.name}: {self.missing_rows:,} of {self.rows:,} {units} to label, "
             f"in {self.missing:,} of {counted(self.shards, 'shard')} of up to {self.rows_per_shard:,}",
-            f"dataset     {extent(self.examples, self.rows)}, "
+            f"dataset     {extent(self.examples, self.rows, unit)}, "
             + (f"{self.appended:,} of them appended, " if self.appended else "")
             + f"with {_ID_WORDS[identity.ids]}",
             f"teacher     {identity.teacher.name}, {identity.classes:,} classes, on {self.device}",

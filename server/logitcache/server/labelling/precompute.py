@@ -11,11 +11,12 @@ the dataset has more than the label set is appended. Whatever goes wrong, what w
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import shown
 from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.commits import Commits
@@ -38,9 +39,10 @@ from logitcache.storage.writer import LabelSetWriter
 class Summary:
     """What a finished precompute has to say; ``str`` of it is what the command prints.
 
-    ``retained_mass`` gives mean and minimum by temperature over the whole label set, ``labelled`` is in rows,
-    ``appended`` in examples: those that the newest sealed generation had not. ``repaired`` are the shards of a sealed
-    label set that had to be labelled again, ``reproduced`` whether that gave the very bytes that were sealed before.
+    ``retained_mass`` gives mean and minimum by temperature over the whole label set, ``labelled`` is in rows, each of
+    them a ``unit``; ``appended`` in examples: those that the newest sealed generation had not. ``repaired`` are the
+    shards of a sealed label set that had to be labelled again, ``reproduced`` whether that gave the very bytes that
+    were sealed before.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Summary:
     label_bytes: int
     seconds: float
     retained_mass: dict[str, dict[str, float]]
+    unit: str = "row"
     appended: int = 0
     repaired: tuple[int, ...] = ()
     reproduced: bool = True
@@ -60,7 +63,7 @@ class Summary:
     def __str__(self) -> str:
         rate = f"{self.labelled:,} labelled now in {self.seconds:.1f} s" if self.labelled else "nothing left to label"
         lines = [
-            f"{self.name}: {extent(self.examples, self.rows)} in {counted(self.shards, 'shard')}, "
+            f"{self.name}: {extent(self.examples, self.rows, self.unit)} in {counted(self.shards, 'shard')}, "
             f"{size(self.label_bytes)}; {rate}",
             f"digest      {self.digest} (generation {self.generation})",
         ]
@@ -155,22 +158,34 @@ def _label_shard(
     began = time.perf_counter()
     filled = ShardArrays(prepared.layout, shard, prepared.facts(shard))
     under_way: Labelled | None = None
+    teacher_s = 0.0
     for _ in prepared.batches_of(shard):
         batch = next(batches)
         filled.check(batch)
         following = label(prepared.teacher, batch, prepared.layout)
         if under_way is not None:
-            _put(under_way, filled, commits, reporter)
+            teacher_s += _put(under_way, filled, commits, reporter)
         under_way = following
     if under_way is not None:
-        _put(under_way, filled, commits, reporter)
-    commits.begin(shard, filled, {"seconds": time.perf_counter() - began, "run": _run_settings(prepared)})
+        teacher_s += _put(under_way, filled, commits, reporter)
+    teacher_time = TeacherTime(teacher_s, prepared.layout.shard_rows[shard], prepared.teacher.device_name)
+    commits.begin(
+        shard,
+        filled,
+        {
+            "seconds": time.perf_counter() - began,
+            "teacher_time": asdict(teacher_time),
+            "run": _run_settings(prepared),
+        },
+    )
 
 
-def _put(labelled: Labelled, filled: ShardArrays, commits: Commits, reporter: Reporter) -> None:
+def _put(labelled: Labelled, filled: ShardArrays, commits: Commits, reporter: Reporter) -> float:
+    """Put a batch in its place; seconds that its rows took the teacher."""
     filled.put(labelled)
     commits.check()
     reporter.advance(labelled.batch.rows)
+    return labelled.seconds
 
 
 def _run_settings(prepared: Prepared) -> dict[str, Any]:
@@ -198,6 +213,7 @@ def _summary(
         labelled=sum(layout.shard_rows[shard] for shard in labelled),
         shards=layout.shards,
         label_bytes=layout.used_bytes(layout.examples, layout.rows),
+        unit="token" if layout.ragged else "row",
         seconds=seconds,
         retained_mass=summed([read_retained(places, shard) for shard in range(layout.shards)]),
         appended=layout.examples - (prepared.labelled if sealed is None else sealed.examples),

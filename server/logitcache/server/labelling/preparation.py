@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.labels.errors import InvalidRequest, LabelSetNotFound
-from logitcache.labels.identity import Dtype, Identity, check_name, declared
+from logitcache.labels.identity import MAX_VIEWS, Dtype, Identity, check_name, declared
 from logitcache.server.labelling.datasets import Examples, load_dataset
 from logitcache.server.labelling.ensembles import load_teachers
 from logitcache.server.labelling.shard_arrays import bucketed
@@ -29,6 +29,9 @@ from logitcache.storage.terms import refuse_another, refuse_fewer
 DEFAULT_BATCH_SIZE = 256
 """Examples a forward, unless told or recorded."""
 
+DEFAULT_SEED = 1
+"""Seed of the views, unless told."""
+
 DEFAULT_CAUSAL_BATCH_SIZE = 16
 """Token sequences a forward, unless told or recorded: each may be thousands of rows."""
 
@@ -39,7 +42,8 @@ class Request:
 
     ``teacher`` and ``dataset`` are SPECs; several teachers are one whose distribution is the mean of theirs. ``device``
     is torch's word for it, ``dtype`` that of the stored logits;
-    ``targets`` says whether the dataset's targets are stored, by default where its first item has one.
+    ``targets`` says whether the dataset's targets are stored, by default where its first item has one. With ``views``
+    each item is made so many times, from seeds that are derived from ``seed``.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Request:
     rows_per_shard: int | None = None
     loader_workers: int = 0
     targets: bool | None = None
+    views: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         # User code may change the working folder: the store stays where it was meant.
@@ -101,11 +107,12 @@ class Prepared:
         return None if self.survey is None else self.survey[span.start : span.stop]
 
     def batches_of(self, shard: int) -> Sequence[Sequence[int]]:
-        """Ordinals of each batch of a shard."""
-        return bucketed(self.layout.span(shard), self.facts(shard), self.batch_size)
+        """Places of each batch of a shard, as `Examples` has them."""
+        span, views = self.layout.span(shard), self.layout.identity.views
+        return bucketed(range(span.start * views, span.stop * views), self.facts(shard), self.batch_size)
 
     def batches(self, shards: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Ordinals of each batch of these shards, one shard after the other."""
+        """Places of each batch of these shards, one shard after the other."""
         for shard in shards:
             yield from self.batches_of(shard)
 
@@ -126,7 +133,7 @@ def prepare(request: Request, reporter: Reporter | None = None) -> Prepared:
     specs = (request.teacher,) if isinstance(request.teacher, str) else request.teacher
     teacher = load_teachers(specs, request.device)
     targets = existing.identity.targets if existing and request.targets is None else request.targets
-    examples = load_dataset(request.dataset, targets)
+    examples = load_dataset(request.dataset, targets, request.views or 1, _seed(request))
     if existing:
         identity = _identity(request, teacher, examples, existing.identity.classes)
         refuse_another(request.name, existing, identity, request.rows_per_shard)
@@ -147,7 +154,13 @@ def prepare(request: Request, reporter: Reporter | None = None) -> Prepared:
 
 def _check_arguments(request: Request) -> None:
     check_name(request.name)
-    check_rows_per_shard(request.rows_per_shard)
+    if request.views is None and request.seed is not None:
+        raise InvalidRequest("--seed is that of the views: give --views, too")
+    if request.views is not None and not 1 <= request.views <= MAX_VIEWS:
+        raise InvalidRequest(f"--views {request.views}: an example may have 1 to {MAX_VIEWS:,} views")
+    if request.seed is not None and not 1 <= request.seed < 2**63:
+        raise InvalidRequest(f"--seed {request.seed}: a number from 1 up to 2^63 is wanted")
+    check_rows_per_shard(request.rows_per_shard, request.views or 1)
     declared(request.temperatures)
     if request.top_k < 1:
         raise InvalidRequest(f"--top-k {request.top_k}: at least one class must be stored")
@@ -157,6 +170,11 @@ def _check_arguments(request: Request) -> None:
         raise InvalidRequest(f"--loader-workers {request.loader_workers} is negative")
     if request.dtype not in ("float16", "float32"):
         raise InvalidRequest(f"--dtype {request.dtype!r} is neither float16 nor float32")
+
+
+def _seed(request: Request) -> int:
+    """0 where items are taken as they are."""
+    return 0 if request.views is None else request.seed or DEFAULT_SEED
 
 
 def _existing(request: Request) -> Layout | None:
@@ -183,6 +201,8 @@ def _identity(request: Request, teacher: Teacher, examples: Examples, classes: i
         alignment=kind.alignment,
         targets=kind.targets,
         ids=kind.ids,
+        views=request.views or 1,
+        seed=_seed(request),
     )
 
 
@@ -198,7 +218,8 @@ def _survey(request: Request, examples: Examples, reporter: Reporter) -> Facts:
 def _begun(request: Request, identity: Identity, survey: Facts | None, examples: int) -> Layout:
     """The layout of a label set that is begun now."""
     if survey is None:
-        return Layout.pointwise(identity, examples, request.rows_per_shard or default_rows_per_shard(examples))
+        default = default_rows_per_shard(examples * identity.views, views=identity.views)
+        return Layout.pointwise(identity, examples, request.rows_per_shard or default)
     lengths = survey["length"].astype(np.int64)
     default = default_rows_per_shard(int(lengths.sum()), int(lengths.max()))
     return Layout.causal(identity, lengths, request.rows_per_shard or default)

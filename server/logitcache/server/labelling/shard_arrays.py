@@ -16,6 +16,7 @@ from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.survey import Facts, beyond_fault
 from logitcache.server.labelling.teachers import Teacher
 from logitcache.server.labelling.top_k import Rows, Selection, faulty_rows, select_top_k
+from logitcache.server.labelling.transfer import Stopwatch
 from logitcache.storage.layout import Layout
 
 
@@ -25,6 +26,7 @@ class Labelled:
 
     batch: Batch
     selection: Selection
+    watch: Stopwatch
 
     def rows(self) -> Rows:
         """Wait for them: those of the batch's examples in its order, padding left out.
@@ -35,6 +37,11 @@ class Labelled:
         rows = self.selection.rows()
         _refuse_faulty(rows, self.batch)
         return rows
+
+    @property
+    def seconds(self) -> float:
+        """What the teacher's forward and the selection took on their device; waits for them."""
+        return self.watch.seconds
 
 
 def label(teacher: Teacher, batch: Batch, layout: Layout) -> Labelled:
@@ -49,9 +56,12 @@ def label(teacher: Teacher, batch: Batch, layout: Layout) -> Labelled:
         row = int((batch.targets >= classes).argmax())
         ordinal, place = batch.place(row)
         raise beyond_fault("target", int(batch.targets[row]), place, ordinal, classes)
+    watch = Stopwatch(teacher.device)
     logits = teacher.logits(batch, classes)
     with torch.inference_mode():
-        return Labelled(batch, select_top_k(logits, layout.row_spec, lengths=batch.lengths, targets=batch.targets))
+        selection = select_top_k(logits, layout.row_spec, lengths=batch.lengths, targets=batch.targets)
+    watch.stop(logits.device)
+    return Labelled(batch, selection, watch)
 
 
 def _refuse_faulty(rows: Rows, batch: Batch) -> None:
@@ -100,7 +110,8 @@ class ShardArrays:
             for array in layout.arrays.values()
         }
         examples = len(self._span)
-        self._row_counts = np.ones(examples, np.int64) if facts is None else facts["length"].astype(np.int64)
+        views = np.full(examples, layout.identity.views, np.int64)
+        self._row_counts = views if facts is None else facts["length"].astype(np.int64)
         self._row_starts = splits_of(self._row_counts)
         self.texts: list[str] | None = [""] * examples if layout.identity.ids == "text" else None
         if layout.ragged:
@@ -133,9 +144,10 @@ class ShardArrays:
         """
         batch, rows = labelled.batch, labelled.rows()
         slots = batch.ordinals - self._span.start
-        places = np.repeat(self._row_starts[slots] - batch.splits[:-1], np.diff(batch.splits)) + np.arange(batch.rows)
+        first = self._row_starts[slots] + batch.views
+        places = np.repeat(first - batch.splits[:-1], np.diff(batch.splits)) + np.arange(batch.rows)
         arrays = self.arrays
-        arrays["ids"][slots], arrays["fingerprint"][slots, 0] = batch.ids.keys, batch.fingerprints
+        arrays["ids"][slots], arrays["fingerprint"][slots, batch.views] = batch.ids.keys, batch.fingerprints
         for name in ("indices", "logits", "scalars"):
             arrays[name][places] = getattr(rows, name)
         if self._layout.ragged:
@@ -151,7 +163,7 @@ class ShardArrays:
         arrays = self.arrays
         rows = Rows(arrays["indices"], arrays["logits"], arrays["scalars"])
         counts = self._row_counts if self._layout.ragged else None
-        return soft_labels(rows, arrays["fingerprint"][:, 0], self._layout, counts)
+        return soft_labels(rows, arrays["fingerprint"].reshape(-1), self._layout, counts)
 
 
 def bucketed(ordinals: range, facts: Facts | None, batch_size: int) -> Sequence[Sequence[int]]:

@@ -32,6 +32,11 @@ class Teacher:
         self._forward, self.id, self.device, self.dtype = forward, id, device, dtype
         self._takes_mask = _takes(forward, "attention_mask")
 
+    @property
+    def device_name(self) -> str:
+        """Of the device, for people: a GPU's model."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+
     def logits(self, batch: Batch, classes: int | None) -> torch.Tensor:
         """Logits of a batch, (batch, classes) or of token sequences (batch, longest, classes), on the teacher's device.
 

@@ -1,0 +1,47 @@
+"""Items of a dataset made for one view each: the same code for the teacher's side and for the student's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from logitcache.labels.derived import derived
+from logitcache.labels.replaying import replay
+from logitcache.labels.views import seed_for
+
+LOOKING = 0
+"""View under which an item is made only to learn its id; ids must not depend on what is drawn."""
+
+
+class ViewedItems:
+    """Reads a map-style dataset, each item under the seed of its example and view.
+
+    The id that a seed depends on must be known before the item is made. Where items have ids of their own, an item is
+    made once more to learn it, and its id is kept; a method ``id_of(ordinal)`` of the dataset spares that.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+        self._ids: dict[int, int | str] = {}
+
+    def item(self, ordinal: int, view: int) -> Any:
+        """The item at an ordinal as it is in this view."""
+        with replay(seed_for(self._seed, self.id(ordinal), view)):
+            return self._dataset[ordinal]
+
+    def id(self, ordinal: int) -> int | str:
+        """The id of the example at an ordinal: its own, or the ordinal where it has none."""
+        known = self._ids.get(ordinal)
+        if known is not None:
+            return known
+        if hasattr(self._dataset, "id_of"):
+            return _plain(self._dataset.id_of(ordinal))
+        with replay(derived(self._seed, ordinal, LOOKING)):
+            item = self._dataset[ordinal]
+        found = item.get("id") if isinstance(item, Mapping) else None
+        if found is None:
+            return ordinal
+        return self._ids.setdefault(ordinal, _plain(found))
+
+
+def _plain(id: Any) -> int | str:
+    """A text as it is, a number out of a tensor or array of no dimensions."""
+    return id if isinstance(id, str) else int(id)

@@ -1,0 +1,208 @@
+"""Views end to end: the student's inputs are bit by bit those that the teacher was shown, whoever makes them."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from tests.server import augmented
+from torch.utils.data import DataLoader
+
+from logitcache.client import Labels, connect, with_views
+from logitcache.labels.errors import (
+    DatasetChanged,
+    DatasetFault,
+    IdentityChanged,
+    InvalidRequest,
+    LabelMismatch,
+    UnknownView,
+)
+from logitcache.labels.fingerprints import fingerprint
+from logitcache.server.cli import cli
+from logitcache.server.labelling.precompute import Summary, precompute
+from logitcache.server.labelling.preparation import Request
+
+HERE, VIEWS = "tests.server.augmented", 3
+
+
+def label(store: Path, dataset: str, **changes: Any) -> Summary:
+    options: dict[str, Any] = {"batch_size": 64, "device": "cpu", "views": VIEWS} | changes
+    return precompute(Request("set", f"{HERE}:teacher", f"{HERE}:{dataset}", store, 3, **options))
+
+
+@pytest.fixture(params=[*augmented.STYLES])
+def style(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def labels(tmp_path: Path, style: str) -> Iterator[Labels]:
+    label(tmp_path, f"of_{style}")
+    with connect(tmp_path / "set") as connected:
+        # The check of annotations in tests draws from Python's generator, in the thread that verifies shards, too.
+        while connected.describe().shards.verified < 1:
+            time.sleep(0.01)
+        yield connected
+
+
+def input_of(item: Any) -> torch.Tensor:
+    found = item["input"] if isinstance(item, dict) else item[0]
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def seen_of(item: Any) -> Any:
+    return item["seen"] if isinstance(item, dict) else item[-1]
+
+
+def test_every_view_of_every_example_is_what_the_teacher_was_shown(labels: Labels, style: str) -> None:
+    data = with_views(augmented.STYLES[style](), labels.describe().identity)
+    pairs = [(ordinal, view) for ordinal in range(augmented.EXAMPLES) for view in range(VIEWS)]
+    random.shuffle(pairs)
+    items = [data[pair] for pair in pairs]
+    ids, views = zip(*((seen_of(item)["id"], seen_of(item)["view"]) for item in items), strict=True)
+    soft = labels.fetch(list(ids), view=list(views))
+    assert [fingerprint(input_of(item)) for item in items] == soft.fingerprint.tolist()
+    with torch.no_grad():
+        top = augmented.teacher().eval()(torch.stack([input_of(item) for item in items])).topk(3)
+    assert np.array_equal(soft.indices, top.indices.numpy())
+    assert np.allclose(soft.logits + soft.logit_max[:, None], top.values.numpy(), atol=0.02)
+    assert len({found.tobytes() for found in (input_of(item).numpy() for item in items)}) == len(items)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_train_on_one_view_after_the_other_with_labels_of_these(
+    labels: Labels, style: str, workers: int
+) -> None:
+    data = with_views(augmented.STYLES[style](), labels.describe().identity)
+    loader: Any = DataLoader(data, batch_size=32, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    where: Any = "seen" if style in ("torch", "own_generators", "told") else -1
+    for epoch in range(VIEWS + 1):
+        data.set_epoch(epoch)
+        ids: list[Any] = []
+        # With depth 0 no thread fetches while this one replays; see the fixture.
+        for batch, soft in labels.attach(loader, ids=where, depth=None if workers else 0):
+            seen = batch[where]
+            assert set(seen["view"].tolist()) == {epoch % VIEWS}
+            assert soft.fingerprint.view(np.int64).tolist() == seen["fingerprint"].tolist()
+            ids += seen["id"] if isinstance(seen["id"], list) else seen["id"].tolist()
+        assert len(set(ids)) == augmented.EXAMPLES
+
+
+def test_workers_threads_and_batch_sizes_change_no_byte(tmp_path: Path, style: str) -> None:
+    one = label(tmp_path / "one", f"of_{style}")
+    two = label(tmp_path / "two", f"of_{style}", loader_workers=2)
+    assert one.digest == two.digest
+    label(tmp_path / "three", f"of_{style}", batch_size=7)
+    found = [connect(tmp_path / name / "set").describe() for name in ("one", "three")]
+    ids = [seen_of(with_views(augmented.STYLES[style](), found[0].identity)[at])["id"] for at in range(0, 300, 7)]
+    fetched = [connect(tmp_path / name / "set").fetch(ids, view=2).fingerprint for name in ("one", "three")]
+    assert np.array_equal(fetched[0], fetched[1])
+    code = (
+        "import json, sys, torch; torch.set_num_threads(1)\n"
+        "from tests.server import augmented; from logitcache.client import connect, with_views\n"
+        f"data = with_views(augmented.STYLES[{style!r}](), connect(sys.argv[1]).describe().identity)\n"
+        "items = [data[(at, 2)] for at in range(0, 300, 7)]\n"
+        "print(json.dumps([(i['seen'] if isinstance(i, dict) else i[-1])['fingerprint'] for i in items]))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "one" / "set"], cwd=root, capture_output=True, check=True, text=True
+    )
+    assert json.loads(done.stdout) == fetched[0].view(np.int64).tolist()
+
+
+def test_a_transform_that_changed_is_found_at_the_first_batch_with_example_and_view(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain")
+    with connect(tmp_path / "set") as labels:
+        data = with_views(augmented.changed(), labels.describe().identity)
+        data.set_epoch(1)
+        with pytest.raises(LabelMismatch, match=r"32 of 32 inputs .* '0 \(view 1\)', '1 \(view 1\)'") as caught:
+            next(iter(labels.attach(DataLoader(data, batch_size=32), ids=-1)))
+    assert caught.value.details["views"] == [1] * 32
+
+
+def test_resuming_and_appending_label_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = label(tmp_path, "of_plain")
+    assert (first.examples, first.rows, first.labelled) == (300, 900, 900)
+    assert label(tmp_path, "of_plain").labelled == 0
+    monkeypatch.setattr(augmented, "EXAMPLES", 310)
+    grown = label(tmp_path, "of_plain")
+    # The generator of the images draws the first ones alike.
+    assert (grown.examples, grown.appended, grown.labelled, grown.generation) == (310, 10, 30, 2)
+
+
+def test_items_that_tell_their_ids_beforehand_are_made_once_a_view(tmp_path: Path) -> None:
+    augmented.Told.reads = 0
+    label(tmp_path, "of_told")
+    made = augmented.Told.reads
+    assert made < VIEWS * augmented.EXAMPLES * 1.5  # besides probes and what is read to count classes
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "error", "told"),
+    [
+        ("unseeded", {}, DatasetChanged, r"even from the same seed: .*logitcache\.client\.seeded"),
+        ("constant", {}, DatasetFault, r"the same for every view .* leave --views out"),
+        ("raising", {}, DatasetFault, r"raised ValueError for example [\d,]+: a corrupt crop"),
+        ("tokens", {}, InvalidRequest, r"token sequences have one view"),
+        ("of_plain", {"views": 0}, InvalidRequest, r"--views 0: .* 1 to 4,096"),
+        ("of_plain", {"views": 5000}, InvalidRequest, r"--views 5000"),
+        ("of_plain", {"seed": 0}, InvalidRequest, r"--seed 0"),
+        ("of_plain", {"views": None, "seed": 3}, InvalidRequest, r"give --views, too"),
+        ("of_plain", {"views": None}, DatasetChanged, r"label it with --views"),
+        ("of_plain", {"rows_per_shard": 4096}, InvalidRequest, r"for 3 views: try 12288"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused_before_anything_is_labelled(
+    tmp_path: Path, dataset: str, changes: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        label(tmp_path, dataset, **changes)
+    assert not (tmp_path / "set" / "generations" / "1.json").exists()
+
+
+def test_another_number_of_views_or_another_seed_is_another_label_set(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain")
+    for changes in ({"views": 2}, {"seed": 2}, {"views": 1}):
+        with pytest.raises(IdentityChanged, match=r"views was 3|seed was 1"):
+            label(tmp_path, "of_plain", **changes)
+
+
+def test_one_view_may_be_augmented_too(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain", views=1, seed=9)
+    with connect(tmp_path / "set") as labels:
+        assert (labels.describe().identity.views, labels.describe().identity.seed) == (1, 9)
+        data = with_views(augmented.of_plain(), labels.describe().identity)
+        for _, soft in labels.attach(DataLoader(data, batch_size=100), ids=-1, depth=0):
+            assert len(soft) == 100
+        with pytest.raises(UnknownView, match="view 1 does not exist"):
+            data[(0, 1)]
+
+
+def test_a_label_set_without_views_is_not_replayed(tmp_path: Path) -> None:
+    label(tmp_path, "constant", views=None)
+    with connect(tmp_path / "set") as labels, pytest.raises(InvalidRequest, match="label it with --views"):
+        with_views(augmented.constant(), labels.describe().identity)
+
+
+def test_the_command_line_labels_views_and_info_tells_them(tmp_path: Path) -> None:
+    words = ["precompute", "set", f"--teacher={HERE}:teacher", f"--dataset={HERE}:of_plain", "--top-k=3"]
+    words += [f"--store={tmp_path}", "--views=2", "--seed=5", "--device=cpu"]
+    planned = CliRunner().invoke(cli, [*words, "--plan"])
+    assert "300 examples with 600 rows" in planned.output
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert "300 examples with 600 rows in 1 shard" in done.output
+    assert (
+        "2 of each example, a row each, from seed 5"
+        in CliRunner().invoke(cli, ["info", "set", f"--store={tmp_path}"]).output
+    )
