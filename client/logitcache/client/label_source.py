@@ -138,14 +138,13 @@ class Labels:
                 raise
             raise too_many(error.ids, masked=attention_mask is not None) from error
         self._follow(here, soft.digest)
-        if here.described is not None:
-            here.tally.count(rows=len(soft), bytes=here.described.row_spec.nbytes(len(soft), soft.examples))
         if held is not None:
             check_tokens(held, soft, wanted, repr(self), masked=attention_mask is not None)
         elif inputs is not None:
             check_fingerprints(inputs, soft, wanted)
         fetched = FetchedLabels.of(soft)
-        here.tally.count(fetch_ms=1000 * (time.perf_counter() - began))
+        size = 0 if here.described is None else here.described.row_spec.nbytes(len(soft), soft.examples)
+        here.tally.count(rows=len(soft), bytes=size, fetch_ms=1000 * (time.perf_counter() - began))
         return fetched
 
     def missing(self, ids: Any) -> list[Id]:

@@ -199,11 +199,10 @@ class SeveralLabels:
 
     @property
     def stats(self) -> Stats:
-        """What fetching has cost in this process so far, from all label sets; `members` have their own."""
+        """What fetching has cost in this process so far, from all label sets; `members` have their own, and bills."""
         each = [member.labels.stats for member in self._members]
-        counts = {
-            name: sum(getattr(stats, name) for stats in each) for name in ("rows", "bytes", "requests", "retries")
-        }
+        counted = ("rows", "bytes", "requests", "retries", "fetch_ms")
+        counts = {name: sum(getattr(stats, name) for stats in each) for name in counted}
         return replace(self._here().tally.snapshot(), **counts)
 
     def close(self) -> None:

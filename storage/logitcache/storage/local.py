@@ -179,7 +179,7 @@ class LocalLabelSet:
         `FEW_BYTES` of rows if they have as many as others, all served and in memory.
         """
         layout = self.layout
-        rows = examples * layout.rows // max(1, layout.examples)
+        rows = examples * layout.rows // max(1, layout.examples) if self._spec.ragged else examples
         few = examples <= FEW_EXAMPLES and self._spec.nbytes(rows, examples) <= FEW_BYTES
         return few and not self._paging.cold and self._shards.is_settled and self._shards.is_in_memory()
 
