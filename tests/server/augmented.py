@@ -151,5 +151,23 @@ def raising() -> Images:
     return Images(fails)
 
 
+class Beyond(Images):
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0], 9 if index == 250 else 1
+
+
+def beyond() -> Images:
+    return Beyond(plain)
+
+
+class Repeated(Images):
+    def __getitem__(self, index: int) -> Any:
+        return {"input": self.transform(self.images[index]), "id": 7 if index == 250 else index}
+
+
+def repeated() -> Images:
+    return Repeated(plain)
+
+
 def tokens() -> list[Any]:
     return [{"input_ids": torch.arange(4)}]

@@ -147,6 +147,29 @@ def test_items_that_tell_their_ids_beforehand_are_made_once_a_view(tmp_path: Pat
     assert made < VIEWS * augmented.EXAMPLES * 1.5  # besides probes and what is read to count classes
 
 
+def test_items_without_ids_are_made_once_a_view_by_the_student_too(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    class Counting(augmented.Images):
+        def __getitem__(self, index: int) -> Any:
+            made.append(index)
+            return super().__getitem__(index)
+
+    label(tmp_path, "of_plain")
+    with connect(tmp_path / "set") as labels:
+        data = with_views(Counting(augmented.plain), labels.describe().identity)
+    for at in range(20):
+        data[(at, 1)]
+    assert made == [0, *range(20)]  # the first one was made once more, to see that it has no id
+
+
+def test_an_example_that_is_at_fault_is_named_whatever_its_view(tmp_path: Path) -> None:
+    with pytest.raises(DatasetFault, match=r"example 250 has the target 9, the teacher has 7 classes"):
+        label(tmp_path, "beyond")
+    with pytest.raises(DatasetFault, match="examples 7 and 250 have the same id, 7"):
+        label(tmp_path / "another", "repeated")
+
+
 @pytest.mark.parametrize(
     ("dataset", "changes", "error", "told"),
     [

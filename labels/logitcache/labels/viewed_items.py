@@ -21,6 +21,7 @@ class ViewedItems:
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
         self._ids: dict[int, int | str] = {}
+        self._has_ids = True  # until the first item shows that it has none
 
     def item(self, ordinal: int, view: int) -> Any:
         """The item at an ordinal as it is in this view."""
@@ -29,6 +30,8 @@ class ViewedItems:
 
     def id(self, ordinal: int) -> int | str:
         """The id of the example at an ordinal: its own, or the ordinal where it has none."""
+        if not self._has_ids:
+            return ordinal
         known = self._ids.get(ordinal)
         if known is not None:
             return known
@@ -38,6 +41,7 @@ class ViewedItems:
             item = self._dataset[ordinal]
         found = item.get("id") if isinstance(item, Mapping) else None
         if found is None:
+            self._has_ids = bool(self._ids)  # a dataset of both kinds is refused where it is labelled
             return ordinal
         return self._ids.setdefault(ordinal, _plain(found))
 

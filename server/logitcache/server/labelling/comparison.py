@@ -57,7 +57,7 @@ def check_appended(prepared: Prepared, writer: LabelSetWriter, reporter: Reporte
     keys = np.concatenate([*(writer.stored(shard, "ids") for shard in writer.committed), *found])
     spans = [*map(layout.span, writer.committed), *unread]
     ordinals = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-    refuse_repeated(keys, ordinals, examples.__getitem__)
+    refuse_repeated(keys, ordinals, examples.example)
 
 
 def _stored_facts(writer: LabelSetWriter, shard: int, kind: Kind) -> Facts:

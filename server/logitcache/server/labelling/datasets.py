@@ -55,6 +55,10 @@ class Examples(Dataset[Any]):
         except DatasetFault as fault:
             return fault
 
+    def example(self, ordinal: int) -> Example | DatasetFault:
+        """An example in its first view, or the `DatasetFault` instead."""
+        return self[ordinal * self.views]
+
     def _item(self, ordinal: int, view: int) -> Any:
         viewed = self._viewed
         return _item(self._dataset.__getitem__ if viewed is None else partial(_view, viewed, view), ordinal)

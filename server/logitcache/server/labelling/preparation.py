@@ -145,7 +145,7 @@ def prepare(request: Request, reporter: Reporter | None = None) -> Prepared:
     batch_size = request.batch_size or recorded or default
     classes = existing.identity.classes if existing else _count_classes(teacher, examples, survey, batch_size)
     ordinals, facts = probed if survey is None else (range(len(examples)), survey)
-    refuse_beyond(facts, ordinals, examples.kind, classes, examples.__getitem__)
+    refuse_beyond(facts, ordinals, examples.kind, classes, examples.example)
     layout = existing or _begun(request, _identity(request, teacher, examples, classes), survey, len(examples))
     labelled = existing.examples if existing else 0
     layout = _covering(layout, len(examples), survey)
@@ -211,7 +211,7 @@ def _survey(request: Request, examples: Examples, reporter: Reporter) -> Facts:
     reporter.begin("reading lengths", len(examples), "examples")
     survey = examples.facts(range(len(examples)), request.loader_workers, reporter.advance)
     if examples.kind.ids != "ordinal":
-        refuse_repeated(survey["key"], range(len(examples)), examples.__getitem__)
+        refuse_repeated(survey["key"], range(len(examples)), examples.example)
     return survey
 
 
