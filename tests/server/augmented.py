@@ -11,8 +11,16 @@ from logitcache.client import seeded
 EXAMPLES, CLASSES = 300, 7
 
 
-def teacher() -> torch.nn.Module:
-    torch.manual_seed(2)
+def one() -> torch.nn.Module:
+    return teacher(2)
+
+
+def other() -> torch.nn.Module:
+    return teacher(3)
+
+
+def teacher(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
     linear = torch.nn.Linear(3 * 4 * 4, CLASSES)
     with torch.no_grad():
         linear.weight *= 10

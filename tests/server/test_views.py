@@ -35,7 +35,8 @@ HERE, VIEWS = "tests.server.augmented", 3
 
 def label(store: Path, dataset: str, **changes: Any) -> Summary:
     options: dict[str, Any] = {"batch_size": 64, "device": "cpu", "views": VIEWS} | changes
-    return precompute(Request("set", f"{HERE}:teacher", f"{HERE}:{dataset}", store, 3, **options))
+    teacher = options.pop("teacher", f"{HERE}:one")
+    return precompute(Request("set", teacher, f"{HERE}:{dataset}", store, 3, **options))
 
 
 @pytest.fixture(params=[*augmented.STYLES])
@@ -72,7 +73,7 @@ def test_every_view_of_every_example_is_what_the_teacher_was_shown(labels: Label
     soft = labels.fetch(list(ids), view=list(views))
     assert [fingerprint(input_of(item)) for item in items] == soft.fingerprint.tolist()
     with torch.no_grad():
-        top = augmented.teacher().eval()(torch.stack([input_of(item) for item in items])).topk(3)
+        top = augmented.one().eval()(torch.stack([input_of(item) for item in items])).topk(3)
     assert np.array_equal(soft.indices, top.indices.numpy())
     assert np.allclose(soft.logits + soft.logit_max[:, None], top.values.numpy(), atol=0.02)
     assert len({found.tobytes() for found in (input_of(item).numpy() for item in items)}) == len(items)
@@ -128,6 +129,23 @@ def test_a_transform_that_changed_is_found_at_the_first_batch_with_example_and_v
         with pytest.raises(LabelMismatch, match=r"32 of 32 inputs .* '0 \(view 1\)', '1 \(view 1\)'") as caught:
             next(iter(labels.attach(DataLoader(data, batch_size=32), ids=-1)))
     assert caught.value.details["views"] == [1] * 32
+
+
+@pytest.mark.parametrize("combine", ["random", "mean", "routed"])
+def test_several_teachers_of_the_same_views_are_asked_for_what_is_seen(tmp_path: Path, combine: Any) -> None:
+    for name in ("one", "other"):
+        label(tmp_path / name, "of_plain", teacher=f"{HERE}:{name}")
+    options: dict[str, Any] = {"route": lambda ids: np.asarray(ids) % 2} if combine == "routed" else {}
+    with connect([tmp_path / name / "set" for name in ("one", "other")], combine=combine, **options) as labels:
+        data = with_views(augmented.of_plain(), labels.describe()[0].identity)
+        data.set_epoch(2)
+        loader: Any = DataLoader(data, batch_size=50)
+        for batch, soft in labels.attach(loader, ids=-1, depth=0):
+            for each in soft if combine == "mean" else [soft]:
+                assert each.fingerprint.view(np.int64).tolist() == batch[-1]["fingerprint"].tolist()
+        changed = with_views(augmented.changed(), labels.describe()[0].identity)
+        with pytest.raises(LabelMismatch, match=r"10 of 10 inputs .*\(view 0\)"):
+            next(iter(labels.attach(DataLoader(changed, batch_size=10), ids=-1, depth=0)))
 
 
 def test_resuming_and_appending_label_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +236,7 @@ def test_a_label_set_without_views_is_not_replayed(tmp_path: Path) -> None:
 
 
 def test_the_command_line_labels_views_and_info_tells_them(tmp_path: Path) -> None:
-    words = ["precompute", "set", f"--teacher={HERE}:teacher", f"--dataset={HERE}:of_plain", "--top-k=3"]
+    words = ["precompute", "set", f"--teacher={HERE}:one", f"--dataset={HERE}:of_plain", "--top-k=3"]
     words += [f"--store={tmp_path}", "--views=2", "--seed=5", "--device=cpu"]
     planned = CliRunner().invoke(cli, [*words, "--plan"])
     assert "300 examples with 600 rows" in planned.output

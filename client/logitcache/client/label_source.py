@@ -7,7 +7,7 @@ one in its place. It knows nothing of HTTP, files or torch.
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +28,7 @@ from logitcache.client.lookahead import BUFFER_BYTES
 from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
 from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
-from logitcache.client.viewed import check_seen
+from logitcache.client.viewed import as_seen
 from logitcache.client.waiting import once_labelled
 from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
 from logitcache.labels.identity import TeacherId
@@ -221,12 +221,7 @@ class Labels:
         parts = token_parts(inputs, attention_mask) if self._is_causal else given_parts(inputs, attention_mask)
 
         def fetch(ids: Any, **others: Any) -> FetchedLabels:
-            if not isinstance(ids, Mapping):
-                return self.fetch(ids, on_missing=on_missing, **{"rows": rows, "view": view, **others})
-            wanted = as_ids(on_cpu(ids["id"]))
-            soft = self.fetch(wanted, view=ids["view"], on_missing=on_missing, **others)
-            check_seen(ids, soft, wanted)
-            return soft
+            return self.fetch(ids, on_missing=on_missing, **{"rows": rows, "view": view, **others})
 
         if rows is not None and not isinstance(rows, tuple):
             parts["rows"] = rows
@@ -234,7 +229,7 @@ class Labels:
             parts["view"] = view
         return AttachedLoader(
             loader,
-            fetch,
+            as_seen(fetch),
             lambda: self._here().tally,
             ids=ids,
             parts=parts,

@@ -21,6 +21,7 @@ from logitcache.client.label_source import Labels
 from logitcache.client.lookahead import BUFFER_BYTES
 from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
+from logitcache.client.viewed import as_seen
 from logitcache.labels.derived import derived
 from logitcache.labels.errors import Id, InvalidRequest, LabelMismatch, LogitcacheError, shown
 from logitcache.labels.ids import Ids, as_ids
@@ -184,7 +185,7 @@ class SeveralLabels:
 
         return AttachedLoader(
             loader,
-            fetch,
+            as_seen(fetch),
             lambda: self._here().tally,
             ids=ids,
             parts=parts,

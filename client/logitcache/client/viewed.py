@@ -4,15 +4,16 @@ It knows datasets by their two methods, and nothing of how labels are fetched.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from logitcache.client.dataset import MapStyleDataset
 from logitcache.client.extras import import_with_torch
+from logitcache.client.held_inputs import on_cpu
 from logitcache.labels.errors import InvalidRequest, LabelMismatch, UnknownView, shown
 from logitcache.labels.fingerprints import fingerprint
 from logitcache.labels.identity import Identity
-from logitcache.labels.ids import Ids
+from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.soft_labels import SoftLabels
 from logitcache.labels.viewed_items import ViewedItems
 from logitcache.labels.views import view_of
@@ -78,6 +79,23 @@ def with_views(dataset: MapStyleDataset, identity: Identity) -> Any:
         InvalidRequest: the label set was not labelled with ``--views``.
     """
     return ViewedDataset(dataset, identity)
+
+
+def as_seen(fetch: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of ids, and of what `with_views` adds in their place: then labels come for the views that were
+    seen, and are compared with the hashes. It may give a tuple, of several teachers.
+    """
+
+    def fetched(ids: Any, **others: Any) -> Any:
+        if not isinstance(ids, Mapping):
+            return fetch(ids, **others)
+        wanted = as_ids(on_cpu(ids["id"]))
+        soft = fetch(wanted, **others | {"view": ids["view"]})
+        for each in soft if isinstance(soft, tuple) else (soft,):
+            check_seen(ids, each, wanted)
+        return soft
+
+    return fetched
 
 
 def check_seen(seen: Mapping[str, Any], soft: SoftLabels, ids: Ids) -> None:
