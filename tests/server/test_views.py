@@ -4,8 +4,10 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,17 @@ def label(store: Path, dataset: str, **changes: Any) -> Summary:
     return precompute(Request("set", teacher, f"{HERE}:{dataset}", store, 3, **options))
 
 
+@contextmanager
+def settled(target: Any, **options: Any) -> Iterator[Any]:
+    """Connected, and no thread verifies any more: the check of annotations, in tests, draws from Python's generator in
+    whatever thread. For the same reason these tests fetch with depth 0 where they make items in this process.
+    """
+    with connect(target, **options) as labels:
+        while any(thread.name == "logitcache-verify" for thread in threading.enumerate()):
+            time.sleep(0.01)
+        yield labels
+
+
 @pytest.fixture(params=[*augmented.STYLES])
 def style(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -47,10 +60,7 @@ def style(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def labels(tmp_path: Path, style: str) -> Iterator[Labels]:
     label(tmp_path, f"of_{style}")
-    with connect(tmp_path / "set") as connected:
-        # The check of annotations in tests draws from Python's generator, in the thread that verifies shards, too.
-        while connected.describe().shards.verified < 1:
-            time.sleep(0.01)
+    with settled(tmp_path / "set") as connected:
         yield connected
 
 
@@ -89,7 +99,6 @@ def test_epochs_train_on_one_view_after_the_other_with_labels_of_these(
     for epoch in range(VIEWS + 1):
         data.set_epoch(epoch)
         ids: list[Any] = []
-        # With depth 0 no thread fetches while this one replays; see the fixture.
         for batch, soft in labels.attach(loader, ids=where, depth=None if workers else 0):
             seen = batch[where]
             assert set(seen["view"].tolist()) == {epoch % VIEWS}
@@ -123,7 +132,7 @@ def test_workers_threads_and_batch_sizes_change_no_byte(tmp_path: Path, style: s
 
 def test_a_transform_that_changed_is_found_at_the_first_batch_with_example_and_view(tmp_path: Path) -> None:
     label(tmp_path, "of_plain")
-    with connect(tmp_path / "set") as labels:
+    with settled(tmp_path / "set") as labels:
         data = with_views(augmented.changed(), labels.describe().identity)
         data.set_epoch(1)
         with pytest.raises(LabelMismatch, match=r"32 of 32 inputs .* '0 \(view 1\)', '1 \(view 1\)'") as caught:
@@ -136,7 +145,7 @@ def test_several_teachers_of_the_same_views_are_asked_for_what_is_seen(tmp_path:
     for name in ("one", "other"):
         label(tmp_path / name, "of_plain", teacher=f"{HERE}:{name}")
     options: dict[str, Any] = {"route": lambda ids: np.asarray(ids) % 2} if combine == "routed" else {}
-    with connect([tmp_path / name / "set" for name in ("one", "other")], combine=combine, **options) as labels:
+    with settled([tmp_path / name / "set" for name in ("one", "other")], combine=combine, **options) as labels:
         data = with_views(augmented.of_plain(), labels.describe()[0].identity)
         data.set_epoch(2)
         loader: Any = DataLoader(data, batch_size=50)
@@ -174,7 +183,7 @@ def test_items_without_ids_are_made_once_a_view_by_the_student_too(tmp_path: Pat
             return super().__getitem__(index)
 
     label(tmp_path, "of_plain")
-    with connect(tmp_path / "set") as labels:
+    with settled(tmp_path / "set") as labels:
         data = with_views(Counting(augmented.plain), labels.describe().identity)
     for at in range(20):
         data[(at, 1)]
@@ -220,7 +229,7 @@ def test_another_number_of_views_or_another_seed_is_another_label_set(tmp_path: 
 
 def test_one_view_may_be_augmented_too(tmp_path: Path) -> None:
     label(tmp_path, "of_plain", views=1, seed=9)
-    with connect(tmp_path / "set") as labels:
+    with settled(tmp_path / "set") as labels:
         assert (labels.describe().identity.views, labels.describe().identity.seed) == (1, 9)
         data = with_views(augmented.of_plain(), labels.describe().identity)
         for _, soft in labels.attach(DataLoader(data, batch_size=100), ids=-1, depth=0):
@@ -231,7 +240,7 @@ def test_one_view_may_be_augmented_too(tmp_path: Path) -> None:
 
 def test_a_label_set_without_views_is_not_replayed(tmp_path: Path) -> None:
     label(tmp_path, "constant", views=None)
-    with connect(tmp_path / "set") as labels, pytest.raises(InvalidRequest, match="label it with --views"):
+    with settled(tmp_path / "set") as labels, pytest.raises(InvalidRequest, match="label it with --views"):
         with_views(augmented.constant(), labels.describe().identity)
 
 
