@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
 from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
 from logitcache.server.jobs.job import Asked, Job, ProcessId
-from logitcache.server.jobs.process import _began
+from logitcache.server.jobs.process import COMMAND, _began
 from logitcache.server.jobs.queue import MOST_LISTED, Jobs
+from logitcache.storage import LocalLabelSet
 
 GRACE_S = 0.5
 
@@ -34,7 +35,9 @@ def watching(jobs: Jobs) -> Iterator[Jobs]:
         jobs.close()
 
 
-def written(site: Site, label_set: str, teacher: str = "one", state: Callable[[Job], Job] = lambda job: job) -> Job:
+def written(
+    site: Site, label_set: str, teacher: str | list[str] = "one", state: Callable[[Job], Job] = lambda job: job
+) -> Job:
     """A job that an earlier server left in the store, in some state."""
     (site.store / ".jobs").mkdir(exist_ok=True)
     request = Asked(label_set=label_set, teacher=teacher, dataset="points", top_k=3, rows_per_shard=4096).request()
@@ -215,6 +218,12 @@ def test_a_spec_that_names_nothing_is_told_without_where_the_server_keeps_things
         ({"top_k": "3"}, 422, "invalid-request", "top_k"),
         ({"rows_per_shard": 5000}, 422, "invalid-request", "4,096"),
         ({"temperatures": [-1]}, 422, "invalid-request", "temperature"),
+        ({"teacher": ["one", "wto"]}, 404, "not-registered", "no teacher 'wto'"),
+        ({"teacher": ["one", "two"]}, 422, "invalid-request", "'one' cpu, 'two' cpu:0"),
+        ({"teacher": []}, 422, "invalid-request", "teacher: "),
+        ({"seed": 5}, 422, "invalid-request", "give views, too"),
+        ({"views": 2}, 422, "invalid-request", "8,192 up to"),
+        ({"views": 0}, 422, "invalid-request", "views: "),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_and_makes_no_job(
@@ -333,6 +342,18 @@ def test_a_job_whose_teacher_is_no_longer_registered_fails_when_its_turn_comes(t
     assert error.code == "not-registered"
 
 
+def test_an_ensemble_whose_teachers_were_given_several_devices_meanwhile_fails_when_its_turn_comes(
+    tmp_path: Path,
+) -> None:
+    site = Site.make(tmp_path)
+    job = written(site, "a", ["one", "two"])
+    with watching(Jobs(site.store, site.config)) as jobs:
+        error = jobs.get(job.id).error
+    assert error is not None
+    assert error.code == "invalid-request"
+    assert "'one' cpu, 'two' cpu:0" in error.message
+
+
 def test_the_queue_goes_on_behind_a_job_that_cannot_begin(tmp_path: Path) -> None:
     site = Site.make(tmp_path)
     (site.folder / "logitcache.toml").write_text(CONFIG.replace("one = ", "other = "))
@@ -401,6 +422,64 @@ def test_an_error_that_is_no_unicode_is_told_and_what_a_killed_job_leaves_behind
     assert [error and error.code for error in errors] == ["teacher-fault", "job-killed"]
     left = int((site.folder / "left").read_text())
     until(lambda: _began(left) is None, "what it left behind to be gone")
+
+
+AUGMENTED = """
+class Augmented(Points):
+    def __getitem__(self, index):
+        return super().__getitem__(index) + torch.rand(FEATURES)
+
+
+def augmented():
+    return Augmented()
+
+
+def tokens():
+    return [{"input_ids": torch.arange(4)}]
+
+
+def negated():
+    teacher = Teacher("negated")
+    with torch.no_grad():
+        teacher.net.weight.neg_()
+    return teacher
+"""
+
+TYPED = (
+    *("--teacher=mine:one", "--teacher=mine:negated", "--dataset=mine:augmented", "--device=cpu"),
+    *("--views=2", "--seed=7", "--top-k=3", "--rows-per-shard=8192"),
+)
+
+
+def test_a_job_with_views_and_two_teachers_makes_the_bytes_that_the_command_line_makes(tmp_path: Path) -> None:
+    site = Site.make(tmp_path, 4200)
+    with (site.folder / "mine.py").open("a") as mine, (site.folder / "logitcache.toml").open("a") as config:
+        mine.write(AUGMENTED)
+        config.write('[teachers.negated]\nspec = "mine:negated"\ndevice = "cpu"\n')
+        config.write('[datasets.augmented]\nspec = "mine:augmented"\n[datasets.tokens]\nspec = "mine:tokens"\n')
+    wanted: dict[str, Any] = {"teacher": ["one", "negated"], "views": 2, "rows_per_shard": 8192}
+    jobs = Jobs(site.store, site.config)
+    with running(create_app(Catalog(site.store), jobs)) as url, Asker(url) as asker:
+        refused = asker.until_ended(asker.ask("refused", **wanted | {"dataset": "tokens"}))
+        job = asker.until_ended(asker.ask("asked", **wanted | {"dataset": "augmented", "seed": 7}))
+    assert (refused["state"], refused["error"]["code"]) == ("failed", "invalid-request")
+    assert "token sequences have one view, as they are: leave --views out" in refused["error"]["message"]
+    assert (job["state"], job["request"]["teacher"]) == ("succeeded", ["negated", "one"])
+    subprocess.run(
+        [*COMMAND, "precompute", "typed", *TYPED, f"--store={site.store}"],
+        cwd=site.folder,
+        check=True,
+        capture_output=True,
+    )
+    with closing(LocalLabelSet(site.store / "asked")) as asked, closing(LocalLabelSet(site.store / "typed")) as typed:
+        identity = asked.describe().identity
+        assert (identity.views, identity.seed) == (2, 7)
+        assert identity.teacher.name == "mean of mine:negated, mine:one"
+        assert asked.describe().digest == typed.describe().digest == job["digest"]
+    chunks = [file.relative_to(site.store / "asked") for file in (site.store / "asked").glob("*/c.*")]
+    assert len(chunks) >= 2 * len({"logits", "indices", "scalars", "fingerprint"})
+    for chunk in chunks:
+        assert (site.store / "asked" / chunk).read_bytes() == (site.store / "typed" / chunk).read_bytes()
 
 
 def test_state_files_that_no_server_wrote_keep_none_from_starting(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The rules of the queue, one by one: whose turn it is, how a job ended, what becomes of one that was lost."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from logitcache.labels.errors import InvalidName, InvalidRequest
+from logitcache.labels.errors import InvalidName, InvalidRequest, NotRegistered
+from logitcache.server.config import Config, RegisteredDataset, RegisteredTeacher
+from logitcache.server.jobs.command import arguments, check_registered
 from logitcache.server.jobs.job import Asked, Job, JobError, JobRequest, Outcome, ProcessId, parse_asked
 from logitcache.server.jobs.rules import MOST_RESTARTS, due, ended
 
@@ -27,7 +30,7 @@ def running(minute: int, device: str = "t", **options: Any) -> Job:
 
 def turns(*jobs: Job) -> list[Job]:
     """Whose turn it is where each teacher has a device of its own name."""
-    return due(jobs, lambda job: job.request.teacher)
+    return due(jobs, lambda job: job.request.teachers[0])
 
 
 def test_one_job_a_device_in_order_of_asking() -> None:
@@ -120,12 +123,90 @@ def test_the_same_request_is_the_same_job_however_it_is_written() -> None:
     assert len(ids | {plain.job_id}) == len(others) + 1
 
 
+OLD: dict[str, Any] = {"label_set": "digits", "teacher": "resnet", "dataset": "train", "top_k": 10}
+OLD_TEMPERATURES: dict[str, Any] = {"temperatures": [2.0, 4.0]}
+OLD_REST: dict[str, Any] = {"dtype": "float32", "batch_size": 64, "targets": True, "rows_per_shard": 8192}
+
+
+@pytest.mark.parametrize(
+    ("changes", "id"),
+    [
+        ({}, "6d9ec1cd1ffb4fc1"),
+        (OLD_TEMPERATURES, "4adaa1d22c159cb0"),
+        (OLD_TEMPERATURES | OLD_REST, "b1691fff53b0519a"),
+        ({"views": None, "seed": None, "teacher": ["resnet"]}, "6d9ec1cd1ffb4fc1"),
+    ],
+)
+def test_a_request_from_before_there_were_views_and_ensembles_is_the_job_that_it_was(
+    changes: dict[str, Any], id: str
+) -> None:
+    assert ask(**OLD | changes).request().job_id == id
+
+
+def test_views_seed_and_each_teacher_make_another_job_and_the_order_of_teachers_does_not() -> None:
+    one: dict[str, Any] = {"teacher": ["b", "a"], "views": 2, "seed": 5}
+    job = ask(**one).request()
+    assert job.teachers == ["a", "b"]
+    assert job.job_id == ask(**one | {"teacher": ["a", "b"]}).request().job_id
+    others: list[dict[str, Any]] = [
+        {"teacher": ["a", "c"]},
+        {"teacher": "a"},
+        {"views": 3},
+        {"seed": 6},
+        {"seed": None},
+        {"views": None, "seed": None},
+    ]
+    ids = {ask(**one | change).request().job_id for change in others}
+    assert len(ids | {job.job_id}) == len(others) + 1
+
+
+CONFIG = Config(
+    teachers={
+        "one": RegisteredTeacher(spec="m:one", device="cuda:0"),
+        "two": RegisteredTeacher(spec="m:two", device="cuda:0"),
+        "elsewhere": RegisteredTeacher(spec="m:elsewhere"),
+    },
+    datasets={"train": RegisteredDataset(spec="m:train")},
+)
+
+
+def test_a_job_says_on_its_command_line_what_was_asked_for_and_nothing_else() -> None:
+    def words(**changes: Any) -> list[str]:
+        return arguments(ask(teacher="one", dataset="train", **changes).request(), CONFIG, Path("/store"))
+
+    plain = words()
+    assert "--teacher=m:one" in plain
+    assert not [word for word in plain if word.startswith(("--views", "--seed"))]
+    added = {"--teacher=m:two", "--views=2", "--seed=5"}
+    given = ask(teacher=["two", "one"], dataset="train", views=2, seed=5).request()
+    assert set(arguments(given, CONFIG, Path("/store"))) == set(plain) | added
+
+
+def test_every_teacher_that_is_not_registered_is_named_with_what_is_near() -> None:
+    with pytest.raises(NotRegistered) as raised:
+        check_registered(ask(teacher=["oen", "one", "wto"], dataset="train").request(), CONFIG)
+    assert "no teacher 'oen'" in raised.value.message
+    assert "no teacher 'wto'" in raised.value.message
+    assert "no teacher 'one'" not in raised.value.message
+    assert "did you mean 'one'?" in raised.value.message
+    assert raised.value.details["available"] == ["elsewhere", "one", "two"]
+
+
+def test_teachers_of_several_devices_are_no_ensemble() -> None:
+    check_registered(ask(teacher=["one", "two"], dataset="train").request(), CONFIG)
+    with pytest.raises(InvalidRequest, match=r"'elsewhere' none, 'one' cuda:0.*register them with the same one"):
+        check_registered(ask(teacher=["one", "elsewhere"], dataset="train").request(), CONFIG)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "told"),
     [
         ({"label_set": "../up"}, InvalidName, "cannot be a label set's name"),
         ({"temperatures": [0.0]}, InvalidRequest, "temperature"),
         ({"rows_per_shard": 5000}, InvalidRequest, "4,096"),
+        ({"rows_per_shard": 4096, "views": 2}, InvalidRequest, "8,192.*for 2 views"),
+        ({"seed": 5}, InvalidRequest, "seed is that of the views: give views, too"),
+        ({"teacher": ["t", "u", "t"]}, InvalidRequest, "the teacher 't' is given twice"),
     ],
 )
 def test_what_no_precompute_would_take_is_refused_at_once(changes: Any, kind: type[Exception], told: str) -> None:
@@ -143,6 +224,17 @@ def test_what_no_precompute_would_take_is_refused_at_once(changes: Any, kind: ty
         (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 0}', "top_k"),
         (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "spec": "os:system"}', "spec: Extra inputs"),
         (b'{"label_set": "a", "teacher": {"spec": "os:x"}, "dataset": "d", "top_k": 2}', "teacher"),
+        (b'{"label_set": "a", "teacher": 1, "dataset": "d", "top_k": 2}', "^teacher: Input"),
+        (b'{"label_set": "a", "teacher": [], "dataset": "d", "top_k": 2}', "^teacher: .*at least 1"),
+        (b'{"label_set": "a", "teacher": ["t", 1], "dataset": "d", "top_k": 2}', "^teacher.1: Input"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "views": 0}', "^views: .* 1"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "views": 4097}', "^views: .* 4096"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "views": 2.0}', "^views: .*integer"),
+        (b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "views": 2, "seed": 0}', "^seed: .* 1"),
+        (
+            b'{"label_set": "a", "teacher": "t", "dataset": "d", "top_k": 2, "views": 2, "seed": 9223372036854775808}',
+            "^seed",
+        ),
     ],
 )
 def test_a_body_that_is_no_request_is_refused_and_its_field_named(body: bytes, told: str) -> None:

@@ -3,13 +3,24 @@
 Values only; `folder` writes them down, `process` runs them, `queue` moves them on.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from logitcache.labels.errors import RequestRefused
-from logitcache.labels.identity import Dtype, canonical_json, check_name, declared, sha256_hex
+from logitcache.labels.errors import InvalidRequest, RequestRefused
+from logitcache.labels.identity import MAX_VIEWS, Dtype, canonical_json, check_name, declared, sha256_hex
 from logitcache.server.complaints import invalid_request
 from logitcache.storage.packing import check_rows_per_shard
 
@@ -18,7 +29,23 @@ STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancel
 
 MOST_CLASSES = 2**31 - 1
 
+MOST_TEACHERS = 100
+"""Of an ensemble."""
+
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+_ONE, _SEVERAL = "one teacher", "several teachers"
+"""Names of alternatives that pydantic puts into the place of an error; the client wrote none of them."""
+
+
+def _kind_of_teacher(teacher: Any) -> str:
+    return _SEVERAL if isinstance(teacher, list) else _ONE
+
+
+_Teacher = Annotated[
+    Annotated[str, Tag(_ONE)] | Annotated[list[str], Field(min_length=1, max_length=MOST_TEACHERS), Tag(_SEVERAL)],
+    Discriminator(_kind_of_teacher),
+]
 
 
 class JobRequest(BaseModel):
@@ -27,7 +54,10 @@ class JobRequest(BaseModel):
     model_config = _STRICT
 
     label_set: str = Field(description="Name of the label set to make or to continue.", examples=["digits"])
-    teacher: str = Field(description="A registered teacher.", examples=["resnet"])
+    teacher: _Teacher = Field(
+        description="A registered teacher, or several: the mean of their distributions is stored.",
+        examples=["resnet", ["resnet", "vit"]],
+    )
     dataset: str = Field(description="A registered dataset.", examples=["train"])
     top_k: int = Field(ge=1, le=MOST_CLASSES, description="Classes to store of each row.")
     temperatures: list[float] = Field(default=[], max_length=100, description="Those declared besides 1.")
@@ -37,23 +67,49 @@ class JobRequest(BaseModel):
         default=None, description="Store the dataset's targets; by default where it gives whole numbers."
     )
     rows_per_shard: int | None = Field(
-        default=None, le=2**40, description="Rows committed together; a multiple of 4096."
+        default=None, le=2**40, description="Rows committed together; a multiple of 4096, or of 4096 times the views."
     )
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_VIEWS,
+        description="Make each item so many times, under seeds that the student replays, and store a row of each.",
+        examples=[4],
+    )
+    seed: int | None = Field(default=None, ge=1, lt=2**63, description="Of the views; 1 unless given.")
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of all its teachers."""
+        return [self.teacher] if isinstance(self.teacher, str) else self.teacher
 
     def checked(self) -> "JobRequest":
-        """The same in its canonical form: temperatures sorted, distinct, 1 among them.
+        """The same in its canonical form.
+
+        Temperatures are sorted, distinct, 1 among them; several teachers are sorted, one stands without a list.
 
         Raises:
             InvalidName, InvalidRequest: a value that no precompute would take.
         """
         check_name(self.label_set)
-        check_rows_per_shard(self.rows_per_shard)
-        return self.model_copy(update={"temperatures": list(declared(self.temperatures))})
+        if self.views is None and self.seed is not None:
+            raise InvalidRequest("seed is that of the views: give views, too")
+        check_rows_per_shard(self.rows_per_shard, self.views or 1)
+        names = sorted(self.teachers)
+        for one, next_one in pairwise(names):
+            if one == next_one:
+                raise InvalidRequest(f"the teacher {one[:80]!r} is given twice: an ensemble takes each teacher once")
+        teacher = names[0] if len(names) == 1 else names
+        return self.model_copy(update={"teacher": teacher, "temperatures": list(declared(self.temperatures))})
 
     @property
     def job_id(self) -> str:
-        """The same request is the same job: 16 hexadecimal digits of its hash."""
-        return sha256_hex(canonical_json(self.model_dump()))[:16]
+        """The same request is the same job: 16 hexadecimal digits of its hash.
+
+        Views and seed count only where they are given, so that jobs from before there were any keep their ids.
+        """
+        absent = {name for name in ("views", "seed") if getattr(self, name) is None}
+        return sha256_hex(canonical_json(self.model_dump(exclude=absent)))[:16]
 
 
 class Asked(JobRequest):
@@ -198,4 +254,9 @@ def parse_asked(body: bytes) -> Asked:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         if found[0]["type"] == "json_invalid":
             raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
-        raise invalid_request(found) from None
+        raise invalid_request([_told(entry) for entry in found]) from None
+
+
+def _told(error: Mapping[str, Any]) -> dict[str, Any]:
+    """A complaint of pydantic with the place as the client wrote it."""
+    return {"loc": tuple(part for part in error["loc"] if part not in (_ONE, _SEVERAL)), "msg": error["msg"]}

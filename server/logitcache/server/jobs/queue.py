@@ -13,6 +13,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 from logitcache.labels.errors import (
+    InvalidRequest,
     JobNotFound,
     LabelSetLocked,
     LogitcacheError,
@@ -94,8 +95,8 @@ class Jobs:
         """The job of a request, and whether asking queued it: it is new, or it had ended and is tried anew.
 
         Raises:
-            InvalidRequest: a value that no precompute would take.
-            NotRegistered: its teacher or dataset.
+            InvalidRequest: a value that no precompute would take, or teachers of different devices.
+            NotRegistered: a teacher, or its dataset.
             Unavailable: another server runs this store's jobs, or too many wait.
             StorageFault: the job cannot be written down.
         """
@@ -254,7 +255,7 @@ class Jobs:
             words = arguments(job.request, self._config, self._store)
             folder.clear(job.attempt)
             process = JobProcess.begin(words, self._config.folder, folder.log, {VARIABLE: str(folder.path)})
-        except NotRegistered as error:
+        except (NotRegistered, InvalidRequest) as error:
             self._save(job.over("failed", error=JobError(code=error.code, message=error.message)), "job cannot begin")
             return
         except OSError as error:
@@ -270,7 +271,8 @@ class Jobs:
         process.go()
 
     def _device_of(self, job: Job) -> str:
-        teacher = self._config.teachers.get(job.request.teacher)
+        # Those of an ensemble have the same, or it cannot begin.
+        teacher = self._config.teachers.get(job.request.teachers[0])
         return (teacher and teacher.device) or rules.DEFAULT_DEVICE
 
     def _without_paths(self, text: str) -> str:
