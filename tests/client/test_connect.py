@@ -140,6 +140,14 @@ def test_fetch_gives_rows_and_counts_them(server: FaultyServer, soft: SoftLabels
     assert (stats.rows, stats.bytes, stats.requests, stats.retries) == (3, 3 * (24 + 12 + 8), 2, 0)
 
 
+@pytest.mark.parametrize("shape", [{}, {"alignment": "causal", "longest": 6}])
+def test_examples_that_are_masked_are_no_rows_served(tmp_path: Path, shape: dict[str, Any]) -> None:
+    source = reference(1, short_by=4000, **shape)
+    with connect(build(tmp_path / "set", source)) as labels:
+        assert labels.fetch([5, 10**6, 7], on_missing="mask").examples == 3
+        assert labels.stats.rows == source.row_counts[[5, 7]].sum()
+
+
 def test_the_wait_for_a_server_counts_its_retries(server: FaultyServer) -> None:
     with connect(server.url) as labels:
         server.faults.extend([busy(503), Exchange.drop])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.client.faulty_server import FaultyServer
@@ -40,6 +41,8 @@ def test_the_first_steps_distil_and_none_after_them() -> None:
     assert steps_of(FirstSteps(3)) == [0, 1, 2]
     assert steps_of(FirstSteps.fraction(0.21, of=10)) == [0, 1, 2]  # rounded up
     assert FirstSteps.fraction(1.0, of=7).steps == 7
+    for fraction, of, steps in ((0.07, 100, 7), (0.55, 100, 55), (0.14, 50, 7), (1e-7, 10**8, 10)):
+        assert FirstSteps.fraction(fraction, of=of).steps == steps  # of the decimal fraction that was written
 
 
 def test_every_nth_step_distils_from_its_offset_on() -> None:
@@ -63,6 +66,7 @@ def test_numbers_that_are_derived_are_pinned() -> None:
     """Whoever resumes a run with a later version must draw what was drawn before."""
     assert derived(0) == 0xC77B3ABB6F87ACD9
     assert derived(7, 3) == derived(7 + 2**64, 3 - 2**64)
+    assert derived(np.int64(-7), torch.tensor(3)) == derived(-7, 3)
     assert (derived(7, 3), derived(-1, 2**63)) == (8675069503831562643, 13411454656186895)
     assert 0.0 <= min(uniform(3, step) for step in range(10_000)) < 0.001
     assert 0.999 < max(uniform(3, step) for step in range(10_000)) < 1.0
@@ -108,12 +112,19 @@ def test_schedules_multiply() -> None:
         (lambda: Decay(5, to=1.0), r"to=1.0"),
         (lambda: FirstSteps(3) * EveryNth(4, offset=3), r"EveryNth.*none of its first 3 steps"),
         (lambda: EveryNth(2) * EveryNth(2, offset=1), r"none of its first 100,000 steps"),
+        (lambda: FirstSteps(10**12) * EveryNth(4) * EveryNth(4, offset=1), r"none of its first 100,000 steps"),
         (lambda: FirstSteps(1) * WithProbability(1e-9, seed=1), r"none of its first 1 steps"),
     ],
 )
 def test_a_schedule_that_cannot_be_or_never_distils_is_refused(make: Any, named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         make()
+
+
+def test_a_product_that_draws_lots_is_not_judged_by_its_first_steps() -> None:
+    assert not any(WithProbability(1e-6, seed=1)(step) for step in range(100_000))
+    for other in (Decay(100, to=0.1), FirstSteps(10**12)):
+        assert (WithProbability(1e-6, seed=1) * other)(5) == 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, None])
@@ -161,6 +172,18 @@ def test_a_run_that_resumes_says_at_which_step(labels: Labels, server: FaultySer
         labels.attach(loader_of(), ids="id", first_step=-1)
     with pytest.raises(InvalidRequest, match="accumulate=0: at least 1"):
         labels.attach(loader_of(), ids="id", accumulate=0)
+
+
+def test_a_step_is_not_set_while_batches_of_other_steps_are_pulled_already(labels: Labels) -> None:
+    attached = labels.attach(loader_of(), ids="id", depth=2)
+    steps = iter(attached)
+    next(steps)
+    with pytest.raises(InvalidRequest, match=r"step=100: \d batches .* already.*between epochs"):
+        attached.step = 100
+    assert attached.step == 1
+    steps.close()  # type: ignore[attr-defined]
+    attached.step = 100
+    assert attached.step == 100
 
 
 def test_an_error_of_a_fetch_comes_at_the_step_that_distils(labels: Labels) -> None:

@@ -159,6 +159,22 @@ def test_cross_entropy_counts_once_and_a_teacher_that_lacks_an_example_gives_it_
         distillation_loss(student, [])
 
 
+def test_without_targets_the_mean_of_an_example_is_over_the_teachers_that_have_it(softs: Softs) -> None:
+    student = torch.randn(100, 10, dtype=torch.float64)
+    present = np.arange(100) >= 40, (np.arange(100) < 70) & (np.arange(100) >= 10)
+    lacking = [
+        replace(soft, present=here, logits=np.where(here[:, None], soft.logits, np.nan))
+        for soft, here in zip(softs, present, strict=True)
+    ]
+    one, other = (distillation_loss(student, soft, reduction="none") for soft in softs)
+    expected = torch.cat([torch.zeros(10), other[10:40], (one[40:70] + other[40:70]) / 2, one[70:]])
+    found = {name: distillation_loss(student, lacking, reduction=name) for name in ("none", "sum", "mean")}
+    torch.testing.assert_close(found["none"], expected)
+    torch.testing.assert_close(found["sum"], expected.sum())
+    torch.testing.assert_close(found["mean"], expected[10:].mean())
+    torch.testing.assert_close(distillation_loss(student, lacking, num_items=7), expected.sum() / 7)
+
+
 @pytest.mark.parametrize("combine", ["random", "mean", "routed"])
 def test_labels_come_as_tensors_of_a_device(servers: Servers, combine: str) -> None:
     with connected(servers, combine, route=parity if combine == "routed" else None) as labels:
@@ -239,10 +255,20 @@ def test_views_that_are_given_for_each_example_go_with_it_to_its_teacher(server:
         for views in ([5, 6, 7], np.array([5, 6, 7]), torch.tensor([5, 6, 7])):
             labels.fetch([1, 2, 3], view=views)
             assert (list(even.asked[-1]), list(odd.asked[-1])) == ([6], [5, 7])
-        labels.fetch([1, 2, 3], view=7)
-        assert even.asked[-1] == odd.asked[-1] == 7
+        for view in (7, np.int64(7), np.array(7), torch.tensor(7)):
+            labels.fetch([1, 2, 3], view=view)
+            assert even.asked[-1] == odd.asked[-1] == 7
         with pytest.raises(ShapeMismatch, match="2 views were given for 3 ids"):
             labels.fetch([1, 2, 3], view=[5, 6])
+
+
+@pytest.mark.parametrize("view", [True, np.True_, [True, False, True], torch.tensor(True), "0", 1.0, None])
+def test_views_that_are_no_numbers_are_refused_by_several_as_by_one(tmp_path: Path, view: Any) -> None:
+    targets = [build(tmp_path / name, reference(1, short_by=4000)) for name in ("one", "other")]
+    with connect(targets, combine="routed", route=parity) as labels:
+        for each in (labels, labels.members[0]):
+            with pytest.raises(InvalidRequest, match="give a whole number, or one for each id"):
+                each.fetch([1, 2, 3], view=view)
 
 
 def test_text_ids_are_routed_as_texts(tmp_path: Path) -> None:
@@ -306,6 +332,7 @@ def opened(server: FaultyServer, combine: Any, **changed: Any) -> SeveralLabels:
         ("ids", "text", "ids is ordinal in here and text in there"),
         ("classes", 11, "classes is 10 in here and 11 in there"),
         ("views", 2, "views is 1 in here and 2 in there"),
+        ("seed", 2, "seed is 0 in here and 2 in there"),
         ("alignment", "causal", "alignment is pointwise in here and causal in there"),
         ("examples", 99, "examples is 100 in here and 99 in there"),
     ],
@@ -358,6 +385,13 @@ def test_each_target_has_its_own_digest_and_teacher_to_be_held_to(servers: Serve
     assert changed.value.details["target"] == servers[1].url
     with pytest.raises(TeacherMismatch, match=servers[0].url):
         connected(servers, "mean", teacher=["another", None])
+
+
+def test_what_is_compared_on_connecting_is_no_row_served(servers: Servers) -> None:
+    with connected(servers, "mean") as labels:
+        assert (labels.stats.rows, labels.stats.bytes, labels.stats.fetch_ms) == (0, 0, 0.0)
+        labels.fetch([1, 2])
+        assert [each.stats.rows for each in labels.members] == [2, 2]
 
 
 def test_a_data_set_in_another_order_is_refused_on_connecting(server: FaultyServer, softs: Softs) -> None:

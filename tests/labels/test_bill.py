@@ -65,9 +65,9 @@ def test_a_teacher_that_labelled_no_row_costs_nothing_a_row() -> None:
         (
             Bill(TEACHER, 4500, 4.5),
             "4,500 rows served would have taken it 45 s, and took 4.5 s to fetch, 1 ms a row; "
-            "the label set pays for itself after 1.11 epochs",
+            "the label set pays for itself after 1.11 passes over all rows",
         ),
-        (Bill(TEACHER, 18_000, 18.0), "the label set paid for itself after 1.11 epochs"),
+        (Bill(TEACHER, 18_000, 18.0), "the label set paid for itself after 1.11 passes over all rows"),
         (Bill(TEACHER, 10, 1.0), "the label set never pays for itself: to fetch a row takes as long as to label it"),
     ],
 )
@@ -111,6 +111,8 @@ def test_a_description_tells_the_teachers_time_and_one_of_an_older_server_does_n
         {"seconds": -1.0},
         {"seconds": "1"},
         {"seconds": math.inf},
+        {"seconds": 2**63},
+        {"seconds": 1e308},
         {"seconds": math.nan},
         {"seconds": True},
         {"rows": 1.5},

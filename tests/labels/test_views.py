@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from logitcache.labels.derived import derived
 from logitcache.labels.errors import InvalidRequest
 from logitcache.labels.ids import Ids
 from logitcache.labels.replaying import replay, seeded
@@ -121,6 +122,21 @@ def test_a_transform_with_generators_of_its_own_is_told_the_seed() -> None:
     assert free != transform(image=image).tolist()  # outside it draws as ever
     with pytest.raises(InvalidRequest, match=r"OrdinaryTransform has no set_random_seed"):
         seeded(OrdinaryTransform())
+
+
+def test_each_call_within_an_item_draws_on_its_own_and_the_same_when_it_is_made_again() -> None:
+    transform, other, image = seeded(OwnGenerator()), seeded(OwnGenerator()), np.zeros(4)
+    made = []
+    for _ in range(2):
+        with replay(5):
+            crops = [transform(image=image).tolist()]
+            with replay(6):
+                crops.append(transform(image=image).tolist())
+            made.append([*crops, transform(image=image).tolist(), other(image=image).tolist()])
+    assert made[0] == made[1]
+    assert len({tuple(crop) for crop in made[0]}) == 4
+    # Pinned: label sets that were made with one call an item keep their bytes.
+    assert made[0][0] == np.random.default_rng(derived(5, 3) & 0x7FFFFFFF).random(4).tolist()
 
 
 class OrdinaryTransform:

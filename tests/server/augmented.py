@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.client import seeded
+from logitcache.client import mixing, replay, seeded
 
 EXAMPLES, CLASSES = 300, 7
 
@@ -97,12 +97,13 @@ class Keyword:
 
 
 class Mixing(Images):
-    """mixup: partner and weight are drawn with everything else."""
+    """mixup: partner and weight are of the view's seed, and the partner is augmented on its own."""
 
     def __getitem__(self, index: int) -> Any:
-        partner = random.randrange(len(self))
-        weight = float(np.random.beta(0.4, 0.4))
-        return weight * self.transform(self.images[index]) + (1 - weight) * self.transform(self.images[partner])
+        mixed = mixing(len(self), 0.4)
+        with replay(mixed.seed):
+            partner = self.transform(self.images[mixed.partner])
+        return mixed.weight * self.transform(self.images[index]) + (1 - mixed.weight) * partner
 
 
 def of_plain() -> Images:
@@ -118,7 +119,7 @@ def of_own_generators() -> Images:
 
 
 def of_mixing() -> Images:
-    return Mixing(plain)
+    return Mixing(Keyword(seeded(OwnGenerators())))
 
 
 def of_told() -> Images:
@@ -175,6 +176,39 @@ class Repeated(Images):
 
 def repeated() -> Images:
     return Repeated(plain)
+
+
+class Drawn(Images):
+    """Ids that depend on what is drawn."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"input": self.transform(self.images[index]), "id": f"{index}-{random.random()}"}
+
+
+def drawn_ids() -> Images:
+    return Drawn(plain)
+
+
+class ToldOthers(Images):
+    """Tells ids that its items, which have none, are not labelled under."""
+
+    def id_of(self, ordinal: int) -> int:
+        return (ordinal + 5) % EXAMPLES
+
+
+def told_others() -> Images:
+    return ToldOthers(plain)
+
+
+class Coins(Images):
+    """So few examples, and so little augmentation, that two views are often the same."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+def coins() -> Images:
+    return Coins(lambda image: image.flip(-1) if random.random() < 0.5 else image)
 
 
 def tokens() -> list[Any]:

@@ -1,6 +1,8 @@
 """What labelling took the teacher: recorded a shard, summed over those committed, told by `info` and the metrics."""
 
+import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +18,14 @@ from tests.server.test_cli import run
 from tests.server.test_operations import metric
 from tests.server.test_precompute import request
 
+from logitcache.client import connect
 from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import TeacherFault
+from logitcache.labels.selection.top_k import select_top_k
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
 from logitcache.server.labelling.precompute import precompute
-from logitcache.server.labelling.top_k import select_top_k
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.layout import Layout
 from logitcache.storage.writer import LabelSetWriter
@@ -156,7 +159,17 @@ def test_a_repaired_shard_counts_as_it_was_labelled_last_also_in_a_reader_that_w
         assert same(each.describe().teacher_time, total(path))
 
 
-@pytest.mark.parametrize("entry", [None, 5, {}, {"seconds": -1.0, "rows": 5, "device": "cpu"}, {"seconds": 1.0}])
+UNTIMED: list[Any] = [
+    None,
+    5,
+    {},
+    {"seconds": -1.0, "rows": 5, "device": "cpu"},
+    {"seconds": 1.0},
+    {"seconds": 10**400, "rows": 5, "device": "cpu"},
+]
+
+
+@pytest.mark.parametrize("entry", UNTIMED)
 def test_statistics_that_tell_no_time_are_left_out(tmp_path: Path, entry: Any) -> None:
     path = tmp_path / "set"
     precompute(request(tmp_path))
@@ -166,6 +179,25 @@ def test_statistics_that_tell_no_time_are_left_out(tmp_path: Path, entry: Any) -
     assert LocalLabelSet(path).describe().teacher_time == known
     page = run("info", "set", store=tmp_path).stdout
     assert f"{known}; not recorded of the other rows" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": math.inf}, {"rows": 10**400}, {"rows": -1}, {"sum": math.inf}, {"sum": 10**400}, {"min": math.nan}],
+)
+def test_a_retained_mass_that_is_no_number_is_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "set"
+    precompute(request(tmp_path))
+    expected = set(LocalLabelSet(path).describe().retained_mass)
+    content = statistics(path)[0]
+    for entry in content["retained_mass"].values():
+        entry |= change
+    (path / "statistics" / "0.json").write_text(json.dumps(content))
+    found = LocalLabelSet(path).describe().retained_mass
+    assert set(found) == expected
+    assert all(0 < value <= 1 for entry in found.values() for value in entry.values())
+    with running(create_app(Catalog(tmp_path))) as url:
+        assert httpx.get(f"{url}/v1/label-sets").json()[0]["retained_mass"] == found
 
 
 def statistics_of_the_last(path: Path) -> TeacherTime:
@@ -215,6 +247,49 @@ def test_metrics_tell_what_was_spent_and_what_the_rows_served_saved(timed: httpx
     assert metric(timed, saved) == pytest.approx(0.01)
     assert metric(timed, spent) == pytest.approx(16.384)
     assert 'logitcache_teacher_seconds{label_set="digits"}' not in timed.get("/metrics").text
+
+
+@pytest.mark.parametrize("media", ["application/json", "application/vnd.safetensors"])
+def test_rows_of_examples_that_are_masked_saved_nothing(timed: httpx.Client, media: str) -> None:
+    asked = {"ids": [1, 2, 10**6], "on_missing": "mask"}
+    timed.post("/v1/label-sets/timed/fetch", json=asked, headers={"Accept": media}).raise_for_status()
+    assert metric(timed, 'logitcache_rows_served_total{label_set="timed"}') == 2
+    assert metric(timed, 'logitcache_teacher_seconds_saved{label_set="timed"}') == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_the_bill_knows_the_shards_that_came_since_connecting(own_store: Path, served: bool) -> None:
+    with timed_writer(own_store / "timed") as writer, contextlib.ExitStack() as stack:
+        commit_timed(writer, 0)
+        target = own_store / "timed"
+        url = stack.enter_context(running(create_app(Catalog(own_store)))) if served else ""
+        labels = stack.enter_context(connect(f"{url}/timed" if served else target))
+        labels.fetch([0])
+        bill = labels.stats.bill
+        assert bill is not None
+        assert bill.teacher.rows == 4096
+        commit_timed(writer, 1)
+        labels.fetch([4096], on_missing="wait")
+        bill = labels.stats.bill
+        assert bill is not None
+        assert (bill.teacher.rows, bill.served) == (8192, 2)
+        writer.commit(2, shard_arrays(writer.layout.span(2)), {})
+        writer.seal()
+        labels.fetch([9000], on_missing="wait")
+        assert labels.stats.bill is not None
+        asked = labels.stats.requests
+        assert labels.stats.requests == asked  # nobody asks for what cannot change any more
+
+
+def test_counts_are_told_of_labels_that_cannot_be_described_any_more(own_store: Path) -> None:
+    with timed_writer(own_store / "timed") as writer:
+        commit_timed(writer, 0)
+    with running(create_app(Catalog(own_store))) as url:
+        labels = connect(f"{url}/timed", timeout_s=2, retries=0)
+        labels.fetch([0])
+    assert labels.stats.rows == 1
+    labels.close()
+    assert labels.stats.bill is not None
 
 
 def test_the_server_describes_it(timed: httpx.Client) -> None:

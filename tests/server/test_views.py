@@ -16,9 +16,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tests.server import augmented
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from logitcache.client import Labels, connect, with_views
+from logitcache.client import Labels, connect, with_ids, with_views
+from logitcache.client.viewed import check_given
 from logitcache.labels.errors import (
     DatasetChanged,
     DatasetFault,
@@ -28,6 +29,7 @@ from logitcache.labels.errors import (
     UnknownView,
 )
 from logitcache.labels.fingerprints import fingerprint
+from logitcache.labels.ids import Ids
 from logitcache.server.cli import cli
 from logitcache.server.labelling.precompute import Summary, precompute
 from logitcache.server.labelling.preparation import Request
@@ -140,6 +142,109 @@ def test_a_transform_that_changed_is_found_at_the_first_batch_with_example_and_v
     assert caught.value.details["views"] == [1] * 32
 
 
+def mixed(images: torch.Tensor) -> torch.Tensor:
+    """As torchvision's MixUp does with a whole batch."""
+    return 0.7 * images + 0.3 * images.roll(1, 0)
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    return (images - 0.5) / 0.25
+
+
+def changed_at_5(images: torch.Tensor) -> torch.Tensor:
+    images[5:6] += 1
+    return images
+
+
+def collated(change: Any) -> Any:
+    """Batches whose inputs are changed after they were put together."""
+
+    def collate(items: list[Any]) -> Any:
+        batch = default_collate(items)
+        if isinstance(batch, dict):
+            return batch | {"input": change(batch["input"])}
+        return [change(batch[0]), *batch[1:]]
+
+    return collate
+
+
+@pytest.mark.parametrize("dataset", ["of_plain", "of_torch", "of_mixing"])
+def test_batches_that_change_after_the_dataset_gave_them_are_found(tmp_path: Path, dataset: str) -> None:
+    label(tmp_path, dataset)
+    where: Any = "seen" if dataset == "of_torch" else -1
+    changes: list[Any] = [mixed, normalised, torch.Tensor.half, torch.Tensor.double, changed_at_5]
+    with settled(tmp_path / "set") as labels:
+        data = with_views(getattr(augmented, dataset)(), labels.describe().identity)
+        data.set_epoch(1)
+        for change in changes:
+            loader: Any = DataLoader(data, batch_size=10, collate_fn=collated(change))
+            told = "1 of 4" if change is changed_at_5 else "4 of 4"
+            with pytest.raises(
+                LabelMismatch, match=rf"{told} inputs .* what the dataset gave: .*mixed as a w"
+            ) as caught:
+                list(labels.attach(loader, ids=where, depth=0))
+            assert set(caught.value.details["views"]) == {1}
+            assert f"'{caught.value.ids[0]} (view 1)'" in str(caught.value)
+            assert len(list(labels.attach(loader, ids=where, depth=0, inputs=None))) == 30
+
+
+def as_list(items: list[Any]) -> Any:
+    images, classes, seen = zip(*items, strict=True)
+    return list(images), torch.tensor(classes), default_collate(list(seen))
+
+
+def elsewhere(items: list[Any]) -> Any:
+    images, classes, seen = default_collate(items)
+    return classes, images, seen
+
+
+@pytest.mark.parametrize(
+    ("collate", "options"),
+    [
+        (default_collate, {}),
+        (collated(lambda images: images.contiguous(memory_format=torch.channels_last)), {}),
+        (as_list, {}),
+        (collated(lambda images: "not shown"), {}),
+        (collated(lambda images: images[:7]), {}),
+        (collated(lambda images: images.sum()), {}),
+        (collated(lambda images: np.array(["a.png"] * len(images))), {}),
+        (elsewhere, {"inputs": 1}),
+        (elsewhere, {"inputs": lambda batch: batch[1]}),
+    ],
+)
+def test_batches_that_keep_what_the_dataset_gave_or_do_not_show_it_get_their_labels(
+    tmp_path: Path, collate: Any, options: dict[str, Any]
+) -> None:
+    label(tmp_path, "of_plain")
+    with settled(tmp_path / "set") as labels:
+        data = with_views(augmented.of_plain(), labels.describe().identity)
+        loader: Any = DataLoader(data, batch_size=10, collate_fn=collate)
+        for batch, soft in labels.attach(loader, ids=-1, depth=0, **options):
+            assert soft.fingerprint.view(np.int64).tolist() == batch[-1]["fingerprint"].tolist()
+
+
+@pytest.mark.parametrize("examples", [1, 3, 4, 100])
+def test_a_few_inputs_of_a_batch_are_looked_at_however_many_there_are(examples: int) -> None:
+    looked: list[int] = []
+
+    class Looked(list[Any]):
+        def __getitem__(self, at: Any) -> Any:
+            looked.append(at)
+            return super().__getitem__(at)
+
+    inputs = [torch.full((2,), float(at)) for at in range(examples)]
+    ever = set()
+    for epoch in range(60):
+        looked.clear()
+        order = np.random.default_rng(epoch).permutation(examples).tolist()
+        hashes = [int(np.uint64(fingerprint(inputs[at])).astype(np.int64)) for at in order]
+        seen = {"id": order, "view": [0] * examples, "fingerprint": hashes}
+        check_given(seen, Looked(inputs[at] for at in order), Ids(np.array(order)))
+        assert len(looked) == len(set(looked)) == min(examples, 4)
+        ever |= set(looked)
+    assert len(ever) > 0.8 * examples  # others from batch to batch
+
+
 @pytest.mark.parametrize("combine", ["random", "mean", "routed"])
 def test_several_teachers_of_the_same_views_are_asked_for_what_is_seen(tmp_path: Path, combine: Any) -> None:
     for name in ("one", "other"):
@@ -155,6 +260,9 @@ def test_several_teachers_of_the_same_views_are_asked_for_what_is_seen(tmp_path:
         changed = with_views(augmented.changed(), labels.describe()[0].identity)
         with pytest.raises(LabelMismatch, match=r"10 of 10 inputs .*\(view 0\)"):
             next(iter(labels.attach(DataLoader(changed, batch_size=10), ids=-1, depth=0)))
+        whole: Any = DataLoader(data, batch_size=10, collate_fn=collated(mixed))
+        with pytest.raises(LabelMismatch, match=r"4 of 4 inputs looked at .*\(view 2\)"):
+            next(iter(labels.attach(whole, ids=-1, depth=0)))
 
 
 def test_resuming_and_appending_label_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +310,8 @@ def test_an_example_that_is_at_fault_is_named_whatever_its_view(tmp_path: Path) 
     [
         ("unseeded", {}, DatasetChanged, r"even from the same seed: .*logitcache\.client\.seeded"),
         ("constant", {}, DatasetFault, r"the same for every view .* leave --views out"),
+        ("drawn_ids", {}, DatasetFault, r"example 0 .* the id '0-0\.\d+', .* from '0-0\.\d+': .*not depend on what"),
+        ("told_others", {}, DatasetFault, r"example 0 .* the id 0, .* from 5: "),
         ("raising", {}, DatasetFault, r"raised ValueError for example [\d,]+: a corrupt crop"),
         ("tokens", {}, InvalidRequest, r"token sequences have one view"),
         ("of_plain", {"views": 0}, InvalidRequest, r"--views 0: .* 1 to 4,096"),
@@ -218,6 +328,92 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_labelled(
     with pytest.raises(error, match=told):
         label(tmp_path, dataset, **changes)
     assert not (tmp_path / "set" / "generations" / "1.json").exists()
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_few_examples_are_compared_in_many_views_before_all_are_called_the_same(tmp_path: Path, seed: int) -> None:
+    assert label(tmp_path, "coins", views=30, seed=seed).rows == 60
+
+
+@pytest.mark.parametrize("dataset", ["drawn_ids", "told_others"])
+def test_a_student_whose_items_have_other_ids_than_their_seeds_is_told(tmp_path: Path, dataset: str) -> None:
+    label(tmp_path, "of_plain")
+    with settled(tmp_path / "set") as labels:
+        data = with_views(getattr(augmented, dataset)(), labels.describe().identity)
+    with pytest.raises(DatasetFault, match=r"example 7 .* the id "):
+        data[7]
+
+
+@pytest.mark.parametrize("where", ["of_plain", "of_torch"])
+def test_ids_alone_do_not_say_which_view_a_batch_holds(tmp_path: Path, where: str) -> None:
+    label(tmp_path, where)
+    own: Any = "id" if where == "of_torch" else -1
+    with settled(tmp_path / "set") as labels:
+        identity = labels.describe().identity
+        plain = getattr(augmented, where)()
+        data = with_views(plain, identity)
+        wrapped: Any = [plain, data] if own == "id" else [with_ids(plain), with_ids(data)]
+        for each in wrapped:
+            loader: Any = DataLoader(each, batch_size=10)
+            with pytest.raises(InvalidRequest, match=r"with_views .*ids=\"seen\".*view=.*inputs="):
+                next(iter(labels.attach(loader, ids=own, depth=0)))
+            batch, soft = next(iter(labels.attach(loader, ids=own, depth=0, view=1)))
+            ids = batch[own].tolist()
+            assert np.array_equal(soft.fingerprint, labels.fetch(ids, view=1).fingerprint)
+        seen: Any = "seen" if own == "id" else -1
+        _, soft = next(iter(labels.attach(DataLoader(data, batch_size=10), ids=seen, depth=0)))
+        held = DataLoader(wrapped[1], batch_size=10)
+        found = next(iter(labels.attach(held, ids=own, depth=0, inputs="input" if own == "id" else 0)))[1]
+        assert np.array_equal(found.fingerprint, soft.fingerprint)
+        for view in (0, 2, lambda batch: batch[seen]["view"]):
+            with pytest.raises(InvalidRequest, match=r"leave view=.* out"):
+                next(iter(labels.attach(DataLoader(data, batch_size=10), ids=seen, depth=0, view=view)))
+
+
+def test_several_teachers_of_views_need_them_named_too(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        label(tmp_path / name, "of_plain", teacher=f"{HERE}:{name}")
+    with settled([tmp_path / name / "set" for name in ("one", "other")], combine="mean") as labels:
+        loader: Any = DataLoader(with_ids(augmented.of_plain()), batch_size=10)
+        with pytest.raises(InvalidRequest, match="with_views"):
+            next(iter(labels.attach(loader, ids=-1, depth=0)))
+
+
+def test_an_attached_loader_tells_the_dataset_which_epoch_it_is(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain")
+    with settled(tmp_path / "set") as labels:
+        data = with_views(augmented.of_plain(), labels.describe().identity)
+        sampler: Any = DistributedSampler(data, num_replicas=1, rank=0)
+        for loader in (DataLoader(data, batch_size=10, sampler=sampler), DataLoader(data, batch_size=10, shuffle=True)):
+            attached = labels.attach(loader, ids=-1, depth=0)
+            for epoch in (1, 2, 0):
+                attached.set_epoch(epoch)
+                assert set(next(iter(attached))[0][-1]["view"].tolist()) == {epoch}
+        assert sampler.epoch == 0
+
+
+def test_views_and_ordinals_may_be_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain")
+    with settled(tmp_path / "set") as labels:
+        data = with_views(augmented.of_plain(), labels.describe().identity)
+    expected = data[(7, 1)]
+    for pair in ((np.int64(7), np.uint8(1)), (torch.tensor(7), torch.tensor(1)), (7, True)):
+        found = data[pair]
+        assert found[-1] == expected[-1]
+        assert [type(value) for value in found[-1].values()] == [int] * 3
+    with pytest.raises(TypeError):
+        data[(7, 1.0)]
+
+
+def test_a_default_device_does_not_hold_the_epoch(tmp_path: Path) -> None:
+    label(tmp_path, "of_plain")
+    with settled(tmp_path / "set") as labels:
+        identity = labels.describe().identity
+    with torch.device("meta"):
+        data = with_views(augmented.of_plain(), identity)
+        data.set_epoch(2)
+    data.dataset.images = augmented.of_plain().images
+    assert data[5][-1]["view"] == 2
 
 
 def test_another_number_of_views_or_another_seed_is_another_label_set(tmp_path: Path) -> None:

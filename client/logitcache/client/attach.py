@@ -3,26 +3,30 @@
 The main thread pulls batches ahead from the loader, in its order, so its workers and random draws behave as without
 labels; with a given depth the same batch is pulled at the same step in each run. One background thread fetches their
 labels and makes tensors of them. It knows loaders by their shape alone, without torch, and labels as a function that
-fetches them.
+fetches them, which `Attachable` asks for.
 """
 
 import copy
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from logitcache.client.background import BackgroundThread
 from logitcache.client.extras import import_with_torch
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.lookahead import BUFFER_BYTES, Lookahead
+from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Tally
+from logitcache.client.viewed import as_seen, given_inputs
 from logitcache.labels.errors import InvalidRequest
+from logitcache.labels.label_set import OnMissing
 
 if TYPE_CHECKING:
     import logitcache.client.tensors
@@ -56,7 +60,7 @@ INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 """Keys of a batch that `AUTO` looks under."""
 
 
-def token_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
+def _token_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
     """Where a batch has its token ids and their mask, as `Labels.attach` was told for a causal label set.
 
     Raises:
@@ -73,10 +77,11 @@ def token_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | Non
     return parts
 
 
-def given_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
-    """The parts of a batch that were named; a pointwise label set looks for none by itself."""
+def _given_parts(inputs: "Part | Auto | None", attention_mask: "Part | Auto | None") -> dict[str, Part]:
+    """The parts of a batch that were named; where inputs were not, those that `as_seen` looks at a few of."""
     named = {"inputs": inputs, "attention_mask": attention_mask}
-    return {name: part for name, part in named.items() if part is not None and not isinstance(part, Auto)}
+    parts = {name: part for name, part in named.items() if part is not None and not isinstance(part, Auto)}
+    return parts | {"given": given_inputs} if isinstance(inputs, Auto) else parts
 
 
 def _input_ids(batch: Any) -> Any:
@@ -153,8 +158,9 @@ class AttachedLoader(Generic[Batch]):
 
     With a schedule, batches of steps that do not distil come as ``(batch, None)``; nothing was fetched for them.
     An error of a fetch is raised at the step it belongs to, and one of the loader after the batches before it. Leaving
-    an epoch early ends its thread. An epoch is of the process that began it. ``set_epoch``, ``state_dict`` and
-    ``load_state_dict`` are there if the loader, or its sampler, has them; other attributes are the loader's.
+    an epoch early ends its thread. An epoch is of the process that began it. ``set_epoch`` is there if the loader, its
+    sampler or its dataset has it, ``state_dict`` and ``load_state_dict`` if the loader has them; other attributes are
+    the loader's.
     """
 
     def __init__(
@@ -179,6 +185,7 @@ class AttachedLoader(Generic[Batch]):
         self._lookahead = Lookahead(depth, buffer_bytes)
         self._schedule, self._steps = schedule, Steps(first_step, accumulate)
         self._by_step = by_step  # labels depend on the optimizer's step, too: the fetch is told it as ``step``
+        self._pulled: deque[_Step[Batch]] = deque()  # and not delivered yet, of the epoch that began last
         self._delivered: list[Any] = []  # the loader's state after the batch that was delivered last, or nothing
 
     def __len__(self) -> int:
@@ -186,11 +193,22 @@ class AttachedLoader(Generic[Batch]):
 
     @property
     def step(self) -> int:
-        """The optimizer's step that the next batch belongs to, counted from 0 over all epochs; set it to resume."""
+        """The optimizer's step that the next batch belongs to, counted from 0 over all epochs.
+
+        Set it between epochs, to resume.
+
+        Raises:
+            InvalidRequest: batches of an epoch that is not over were pulled ahead, for the steps that they had.
+        """
         return self._steps.next
 
     @step.setter
     def step(self, step: int) -> None:
+        if self._pulled:
+            raise InvalidRequest(
+                f"step={step}: {len(self._pulled)} batches of an epoch were pulled already, and labels fetched for the "
+                "steps that these had: set it between epochs, and end one that you left (close its iterator)"
+            )
         self._steps.begin(step)
 
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:
@@ -208,7 +226,7 @@ class AttachedLoader(Generic[Batch]):
 
     def _epoch(self, batches: Iterator[Batch], stage: Stage | None) -> Iterator[Any]:
         lookahead, process = self._lookahead, os.getpid()
-        steps: deque[_Step[Batch]] = deque()
+        steps = self._pulled = deque[_Step[Batch]]()
         failure: Exception | None = None
         ended = False
         background: BackgroundThread[_Answer] = BackgroundThread("logitcache-fetch")
@@ -239,6 +257,7 @@ class AttachedLoader(Generic[Batch]):
                 raise failure
             self._delivered = []  # the epoch is over: the loader's own state says so
         finally:
+            steps.clear()
             background.close()
 
     def _distils(self, step: int) -> bool:
@@ -307,11 +326,19 @@ class AttachedLoader(Generic[Batch]):
         return {"state_dict": self._state_dict, "load_state_dict": self._load_state_dict}.get(name, value)
 
     def _epoch_setters(self) -> list[Callable[[int], Any]]:
-        """The loader's ``set_epoch``, else those of its samplers; a batch sampler hides the one that shuffles."""
+        """The loader's ``set_epoch``, else those of its samplers and its dataset.
+
+        A batch sampler hides the one that shuffles; a dataset of `with_views` makes another view.
+        """
         if hasattr(self._loader, "set_epoch"):
             return [self._loader.set_epoch]
         batch_sampler = getattr(self._loader, "batch_sampler", None)
-        owners = (getattr(self._loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        owners = (
+            getattr(self._loader, "dataset", None),
+            getattr(self._loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        )
         distinct = {id(owner): owner for owner in owners if hasattr(owner, "set_epoch")}
         return [owner.set_epoch for owner in distinct.values() if owner is not None]
 
@@ -323,6 +350,110 @@ class AttachedLoader(Generic[Batch]):
     def _load_state_dict(self, state: Any) -> None:
         self._loader.load_state_dict(state)  # type: ignore[attr-defined]
         self._delivered = []
+
+
+class ToAttach(NamedTuple):
+    """What `Attachable.attach` needs to know of the labels."""
+
+    fetch: Fetch
+    tally: Callable[[], Tally]
+    is_causal: bool
+    is_augmented: bool  # its inputs are views that were made from a seed
+    by_step: bool = False  # they depend on the optimizer's step, too
+
+
+class Attachable(ABC):
+    """Labels that can be attached to a loader: those of one label set, or of several."""
+
+    @abstractmethod
+    def _to_attach(self) -> ToAttach:
+        """Asked first, once for each loader: it opens and checks the labels, and its errors are those."""
+
+    def attach(
+        self,
+        loader: Iterable[Batch],
+        *,
+        ids: Part,
+        rows: Part | tuple[int, int] | None = None,
+        view: Any = None,
+        inputs: Part | Auto | None = AUTO,
+        attention_mask: Part | Auto | None = AUTO,
+        on_missing: OnMissing | Literal["wait"] = "error",
+        depth: int | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+        device: Any = None,
+        schedule: Schedule | None = None,
+        first_step: int = 0,
+        accumulate: int = 1,
+    ) -> AttachedLoader[Batch]:
+        """The loader, with the labels of each batch beside it: iterating gives ``(batch, soft)``.
+
+        Labels of the next batches are fetched while a step computes, in the loader's order, by one thread. Otherwise it
+        is the loader: its length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes.
+        Batches are held until their step: a loader that refills one buffer must be copied from, or attached with
+        ``depth=0``.
+
+        With a causal label set, the token ids of every batch that is a mapping with ``"input_ids"`` are checked, and
+        the labels come cut to the tokens that the batch has.
+
+        Args:
+            loader: a DataLoader, or any iterable of batches.
+            ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`. Where it has
+                what `with_views` adds, ids, views and hashes of the inputs are taken from that, and compared.
+            rows: which rows of each example, for batches that begin in the middle of their examples: ``(start, stop)``
+                for all, or where a batch has an array or tensor (examples, 2) of them.
+            view: one view for all, or where a batch has the view of each example: a key or a function. It is 0 unless
+                given; of a label set that was made with ``--views`` it must be, unless ``ids`` are what `with_views`
+                adds, which tells it, or ``inputs`` are named.
+            inputs: where a batch has the inputs, to check every one of them as `fetch` does; None checks nothing.
+                Unless given, ``"input_ids"`` of batches that have it, with a causal label set; and where ``ids``
+                are what `with_views` adds, four inputs of each batch, under ``"input"`` or in the first place; nothing
+                otherwise.
+            attention_mask: where a batch has the mask of these inputs; unless given, ``"attention_mask"`` of batches
+                that have it, with a causal label set. None takes all inputs for tokens.
+            on_missing: as in `fetch`; `distillation_loss` takes the CE alone for examples that are masked.
+            depth: batches ahead that labels are fetched for, each held in memory; 0 fetches at the step itself. None
+                begins with 2 and asks for one more, up to 16, where a step waited and asking earlier can help; `stats`
+                tells how many. The depth changes neither order nor labels, but with it the step at which a batch is
+                pulled; so where loader and step draw from one generator, in one process, a number makes runs
+                repeatable.
+            buffer_bytes: with depth None, bytes of labels that are held or under way: no more batches are asked for
+                than fit if their labels are as large as the largest of the last 32 answers, but always one ahead.
+            device: yield `SoftLabelTensors` there in place of NumPy arrays. The thread that fetches makes them; for a
+                CUDA device it copies into pinned memory, and the step issues non-blocking copies on its own stream.
+            schedule: at which of the optimizer's steps to distil. Batches of steps of weight 0 come as
+                ``(batch, None)``, and nothing is fetched for them.
+            first_step: the optimizer's step that the first batch belongs to, for a run that resumes. Later epochs go on
+                from the last; ``step`` of what is returned tells the next one and can be set between epochs.
+            accumulate: batches that make one step of the optimizer; the end of an epoch ends a step, too.
+
+        Raises:
+            InvalidRequest: ``depth`` or ``first_step`` is below 0, ``buffer_bytes`` or ``accumulate`` is below 1,
+                ``attention_mask`` is given without ``inputs``; or, at the first batch, nothing says which view it
+                holds, or ``view`` and what `with_views` adds both do.
+        """
+        source = self._to_attach()
+        needs_views = source.is_augmented and (inputs is None or isinstance(inputs, Auto))
+        fetch = as_seen(partial(source.fetch, rows=rows, on_missing=on_missing), needs_views=needs_views)
+        parts = (_token_parts if source.is_causal else _given_parts)(inputs, attention_mask)
+        if rows is not None and not isinstance(rows, tuple):
+            parts["rows"] = rows
+        if isinstance(view, str) or callable(view):
+            parts["view"] = view
+        return AttachedLoader(
+            loader,
+            partial(fetch, view=view),
+            source.tally,
+            ids=ids,
+            parts=parts,
+            depth=depth,
+            buffer_bytes=buffer_bytes,
+            device=device,
+            schedule=schedule,
+            first_step=first_step,
+            accumulate=accumulate,
+            by_step=source.by_step,
+        )
 
 
 def _itself(fetched: Any) -> Any:

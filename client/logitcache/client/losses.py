@@ -5,11 +5,12 @@ come from, and moves them to the student's device.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from logitcache.client.chunks import values_in_chunks
@@ -22,6 +23,17 @@ from logitcache.labels.soft_labels import SoftLabels
 Soft: TypeAlias = SoftLabels | SoftLabelTensors
 ValueOf: TypeAlias = Callable[[Tensor, Pairs], Tensor]
 """From logits (pairs, classes) and what they are compared with to a value each."""
+
+
+class Compared(NamedTuple):
+    """The loss of each pair against one teacher, where it counts, and at which of the student's positions it is.
+
+    Positions are None where they are all, one after the other. What does not count is 0.
+    """
+
+    values: Float[Tensor, " pairs"]
+    counted: Bool[Tensor, " pairs"]
+    positions: Tensor | None
 
 
 def distillation_loss(
@@ -62,9 +74,10 @@ def distillation_loss(
     has a next label in its line, but for the first with ``padding="left"``: the position before it may be padding. In a
     pack such examples must be left out. Memory beside the logits and their gradient is that of a few rows.
 
-    **Several teachers**: of a sequence of soft labels, those of the same examples by each teacher, it is the mean of
-    the losses against each. So the soft part is the mean over the teachers, and the CE counts once. Where one teacher
-    lacks an example, its share of the mean is the CE alone; without a target the example does not count for it.
+    **Several teachers**: of a sequence of soft labels, those of the same examples by each teacher, the value of a
+    position is the mean over the teachers for which it counts, and it is counted once if it counts for any. So the soft
+    part is the mean over the teachers, and the CE counts once. Where one teacher lacks an example, its share of the
+    mean is the CE alone; without a target the mean is over the others.
 
     Args:
         student_logits: raw, as above. Classes beyond the teacher's count as part of its residual.
@@ -95,39 +108,53 @@ def distillation_loss(
         InvalidRequest: an argument is out of its bounds, or needs stored targets and there are none.
     """
     _check_options(alpha, reduction, num_items, label_smoothing)
+    compared = partial(
+        _compared,
+        student_logits,
+        temperature=temperature,
+        alpha=alpha,
+        tail=tail,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        targets=targets,
+        mask=mask,
+        padding=padding,
+        attention_mask=attention_mask,
+    )
     if isinstance(soft, Sequence):
-        if not soft:
-            raise InvalidRequest("soft holds the labels of no teacher: give those of at least one")
-        losses = [
-            distillation_loss(
-                student_logits,
-                each,
-                targets=targets,
-                temperature=temperature,
-                alpha=alpha,
-                tail=tail,
-                reduction=reduction,
-                num_items=num_items,
-                label_smoothing=label_smoothing,
-                ignore_index=ignore_index,
-                mask=mask,
-                padding=padding,
-                attention_mask=attention_mask,
-            )
-            for each in soft
-        ]
-        return torch.stack(losses).mean(0)
+        values, counted = _mean_of_teachers([compared(each) for each in soft], student_logits)
+        positions = None
+    else:
+        values, counted, positions = compared(soft)
+    if reduction == "none":
+        return _at_positions(values, student_logits, positions)
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    # Counting stays on the device: reading the count would make the host wait for it.
+    return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def _compared(
+    student_logits: Tensor,
+    soft: Soft,
+    *,
+    temperature: float,
+    alpha: float,
+    tail: str,
+    label_smoothing: float,
+    ignore_index: int,
+    **options: Any,
+) -> Compared:
+    """The loss against one teacher; arguments and errors are those of `distillation_loss`."""
     soft = _moved(soft, student_logits)
     _check_tail(tail, soft)
     pairs, positions = paired(
         student_logits,
         soft,
         temperature=temperature,
-        targets=targets,
         ignore_index=ignore_index,
-        mask=mask,
-        padding=padding,
-        attention_mask=attention_mask,
+        **options,
     )
 
     def loss(logits: Tensor, pairs: Pairs) -> Float[Tensor, " pairs"]:
@@ -146,14 +173,20 @@ def distillation_loss(
             value = torch.where(has_both, alpha * value + (1 - alpha) * ce, value + ce)
         return value if pairs.mask is None else torch.where(pairs.mask, value, 0.0)
 
-    values = _values(student_logits, pairs, positions, loss)
-    if reduction == "none":
-        return _at_positions(values, student_logits, positions)
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    # Counting stays on the device: reading the count would make the host wait for it.
-    return total / (_counted(pairs, ignore_index).sum().clamp(min=1) if num_items is None else num_items)
+    return Compared(_values(student_logits, pairs, positions, loss), _counted(pairs, ignore_index), positions)
+
+
+def _mean_of_teachers(teachers: Sequence[Compared], student: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean value of each of the student's positions over the teachers for which it counts, and where there are any.
+
+    Raises:
+        InvalidRequest: there is no teacher.
+    """
+    if not teachers:
+        raise InvalidRequest("soft holds the labels of no teacher: give those of at least one")
+    values = torch.stack([_at_positions(each.values, student, each.positions) for each in teachers])
+    counted = torch.stack([_at_positions(each.counted, student, each.positions) for each in teachers]).sum(0)
+    return values.sum(0) / counted.clamp(min=1), counted > 0
 
 
 def kl_divergence(
@@ -195,7 +228,7 @@ def _values(student: Tensor, pairs: Pairs, positions: Tensor | None, value: Valu
     return values_in_chunks(flat, positions, lambda logits, chunk: value(logits, pairs.at(chunk)))
 
 
-def _at_positions(values: Tensor, student: Tensor, positions: Tensor | None) -> Float[Tensor, "*positions"]:
+def _at_positions(values: Tensor, student: Tensor, positions: Tensor | None) -> Shaped[Tensor, "*positions"]:
     if positions is None:
         return values
     shape = student.shape[:-1]

@@ -8,13 +8,14 @@ nothing for steps of weight 0, and the loop multiplies its ``alpha`` by the weig
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from logitcache.labels.derived import uniform
 from logitcache.labels.errors import InvalidRequest
 
 LOOKED_THROUGH = 100_000
-"""Steps within which a schedule without an end must distil at least once."""
+"""Steps within which a product of schedules must distil at least once, unless it draws lots and ends later."""
 
 
 class Schedule(ABC):
@@ -68,7 +69,7 @@ class FirstSteps(Schedule):
         _check_positive("FirstSteps.fraction", "of", of)
         if not 0 < fraction <= 1:
             raise InvalidRequest(f"FirstSteps.fraction({fraction!r}): a fraction above 0 and up to 1 is wanted")
-        return cls(math.ceil(fraction * of))
+        return cls(math.ceil(Fraction(str(fraction)) * of))  # the product of floats may be just above
 
     @property
     def ends(self) -> int:
@@ -161,7 +162,9 @@ class Product(Schedule):
     factors: tuple[Schedule, ...]
 
     def __post_init__(self) -> None:
-        until = LOOKED_THROUGH if self.ends is None else self.ends
+        until = LOOKED_THROUGH if self.ends is None else min(self.ends, LOOKED_THROUGH)
+        if until != self.ends and any(isinstance(each, WithProbability) for each in self.factors):
+            return  # lots that are rare may fall later
         if not any(self.weight(step) for step in range(until)):
             raise InvalidRequest(
                 f"{self!r} distils at none of its first {until:,} steps: fetch no labels, or mend the schedule"

@@ -5,30 +5,25 @@ example. How one label set is read is `label_source`'s to know, how labels come 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
 
-from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, given_parts, token_parts
+from logitcache.client.attach import Attachable, ToAttach
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.held_inputs import check_one_an_id, on_cpu
 from logitcache.client.in_process import InProcess
 from logitcache.client.label_source import Labels
-from logitcache.client.lookahead import BUFFER_BYTES
-from logitcache.client.schedule import Schedule
 from logitcache.client.stats import Stats
-from logitcache.client.viewed import as_seen
 from logitcache.labels.derived import derived
 from logitcache.labels.errors import Id, InvalidRequest, LabelMismatch, LogitcacheError, shown
 from logitcache.labels.ids import Ids, as_ids
-from logitcache.labels.label_set import Description, OnMissing
+from logitcache.labels.label_set import Description
 from logitcache.labels.soft_labels import SoftLabels, concatenate
-
-Batch = TypeVar("Batch")
 
 Combine: TypeAlias = Literal["random", "mean", "routed"]
 """``"random"``: one teacher a step of the optimizer, drawn from the seed and the step. ``"mean"``: all of them, for the
@@ -41,7 +36,7 @@ targets. It depends on the ids alone."""
 COMPARED = 64
 """Examples with ordinals that are compared on connecting: a data set in another order has the same ordinals."""
 
-_ALIKE = ("ids", "classes", "views", "alignment")
+_ALIKE = ("ids", "classes", "views", "seed", "alignment")
 _ALIKE_ROWS = ("k", "dtype", "temperatures", "targets")
 
 
@@ -52,16 +47,20 @@ class Member(NamedTuple):
     labels: Labels
 
 
-class SeveralLabels:
+class SeveralLabels(Attachable):
     """The soft labels of several label sets of the same examples. Thread-safe, fork-safe and picklable; made by
     `connect`, which has its arguments.
+
+    `attach` gives with each batch what `fetch` gives. With ``"random"`` all batches of a step are of one teacher, which
+    `drawn` tells of the step. A run that resumes at ``first_step`` draws as if it had never stopped. With ``"mean"``
+    each batch comes with a tuple, which `distillation_loss` takes as it is.
     """
 
     def __init__(
         self, members: Sequence[Member], *, combine: Combine, seed: int = 0, route: Route | None = None
     ) -> None:
         self._members, self._combine, self._seed, self._route = tuple(members), combine, seed, route
-        self._are_alike = self._is_causal = False  # until the descriptions are read
+        self._are_alike = self._is_causal = self._is_augmented = False  # until the descriptions are read
         self._process = InProcess()
 
     def open(self) -> "SeveralLabels":
@@ -150,54 +149,6 @@ class SeveralLabels:
                 lacking.update(member.labels.missing(part))
         return [id for id in wanted.at(slice(None)) if id in lacking]
 
-    def attach(
-        self,
-        loader: Iterable[Batch],
-        *,
-        ids: Part,
-        rows: Part | tuple[int, int] | None = None,
-        view: Any = 0,
-        inputs: Part | Auto | None = AUTO,
-        attention_mask: Part | Auto | None = AUTO,
-        on_missing: OnMissing | Literal["wait"] = "error",
-        depth: int | None = None,
-        buffer_bytes: int = BUFFER_BYTES,
-        device: Any = None,
-        schedule: Schedule | None = None,
-        first_step: int = 0,
-        accumulate: int = 1,
-    ) -> AttachedLoader[Batch]:
-        """The loader, with what `fetch` gives for each batch beside it; arguments and errors are `Labels.attach`'s.
-
-        With ``"random"`` all batches of a step are of one teacher, which `drawn` tells of the step. A run that resumes
-        at ``first_step`` draws as if it had never stopped. With ``"mean"`` each batch comes with a tuple, which
-        `distillation_loss` takes as it is.
-        """
-        self._check()
-        parts = (token_parts if self._is_causal else given_parts)(inputs, attention_mask)
-        if rows is not None and not isinstance(rows, tuple):
-            parts["rows"] = rows
-        if isinstance(view, str) or callable(view):
-            parts["view"] = view
-
-        def fetch(ids: Any, **others: Any) -> FetchedLabels | tuple[FetchedLabels, ...]:
-            return self.fetch(ids, on_missing=on_missing, **{"rows": rows, "view": view, **others})
-
-        return AttachedLoader(
-            loader,
-            as_seen(fetch),
-            lambda: self._here().tally,
-            ids=ids,
-            parts=parts,
-            depth=depth,
-            buffer_bytes=buffer_bytes,
-            device=device,
-            schedule=schedule,
-            first_step=first_step,
-            accumulate=accumulate,
-            by_step=True,
-        )
-
     @property
     def stats(self) -> Stats:
         """What fetching has cost in this process so far, from all label sets; `members` have their own, and bills."""
@@ -222,6 +173,10 @@ class SeveralLabels:
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._members, self._combine, self._seed, self._route)
+
+    def _to_attach(self) -> ToAttach:
+        self._check()
+        return ToAttach(self.fetch, lambda: self._here().tally, self._is_causal, self._is_augmented, by_step=True)
 
     def _here(self) -> InProcess:
         if self._process.pid != os.getpid():
@@ -252,13 +207,11 @@ class SeveralLabels:
             )
         if first.identity.ids == "ordinal" and all(each.labelled for each in described):
             ordinals = np.unique(np.linspace(0, first.examples - 1, COMPARED).astype(np.int64))
-            rows = (0, 0) if first.row_spec.ragged else None
-            sample = [_fetch(member, ordinals, rows=rows, on_missing="mask") for member in self._members]
-            self._check_agree(as_ids(ordinals), sample)
-        self._is_causal = first.row_spec.ragged
+            self._check_agree(as_ids(ordinals), [_look(member, ordinals) for member in self._members])
+        self._is_causal, self._is_augmented = first.row_spec.ragged, first.identity.seed != 0
         self._are_alike = True
 
-    def _check_agree(self, ids: Ids, fetched: Sequence[FetchedLabels]) -> None:
+    def _check_agree(self, ids: Ids, fetched: Sequence[SoftLabels]) -> None:
         """Refuse labels of other inputs or targets than the first teacher's.
 
         Examples that one lacks are passed over. The targets of causal rows are tokens, which the fingerprint holds.
@@ -317,7 +270,7 @@ class SeveralLabels:
 
 def _differences(first: Description, other: Description, *, rows: bool) -> Iterator[tuple[str, Any, Any]]:
     """What must be alike and is not, with both values; of the rows, too, where rows of both are put together."""
-    names = (*_ALIKE, *(("seed",) if first.identity.views > 1 else ()), *(_ALIKE_ROWS if rows else ()))
+    names = (*_ALIKE, *(_ALIKE_ROWS if rows else ()))
     pairs = [(name, getattr(first.identity, name), getattr(other.identity, name)) for name in names]
     pairs.append(("examples", first.examples, other.examples))
     return (pair for pair in pairs if pair[1] != pair[2])
@@ -326,6 +279,11 @@ def _differences(first: Description, other: Description, *, rows: bool) -> Itera
 def _fetch(member: Member, ids: Any, **options: Any) -> FetchedLabels:
     with _named(member):
         return member.labels.fetch(ids, **options)
+
+
+def _look(member: Member, ids: Any) -> SoftLabels:
+    with _named(member):
+        return member.labels.look(ids)
 
 
 @contextmanager
@@ -341,13 +299,13 @@ def _named(member: Member) -> Iterator[None]:
         raise
 
 
-def _present(soft: FetchedLabels) -> np.ndarray:
+def _present(soft: SoftLabels) -> np.ndarray:
     return np.ones(soft.examples, np.bool_) if soft.present is None else soft.present
 
 
 def _own(values: Any, ids: int, at: Int64[np.ndarray, " part"], name: str) -> Any:
     """Of what is given for each id, the entries at these positions; what is given for all ids as it is."""
-    if values is None or isinstance(values, int | np.integer):
+    if not isinstance(values, list | tuple) and not np.ndim(values):
         return values
     check_one_an_id(values, ids, "views" if name == "view" else name)
     return _at(values, at)

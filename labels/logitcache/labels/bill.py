@@ -38,7 +38,7 @@ class TeacherTime:
         seconds, rows, device = value["seconds"], value["rows"], value["device"]
         if type(rows) is not int or not 0 <= rows < 2**63 or not isinstance(device, str):
             raise ValueError(f"{rows!r:.60} rows on {device!r:.60} are no teacher time")
-        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        if type(seconds) not in (int, float) or not 0 <= seconds < 2**63:
             raise ValueError(f"{seconds!r:.60} is no time in seconds")
         return cls(float(seconds), rows, device)
 
@@ -84,7 +84,7 @@ class Bill:
         """Passes over all labelled rows after which what is saved makes up for labelling and fetching.
 
         Infinite where fetching a row takes as long as labelling it or longer; None while the cost of fetching is
-        unknown. A run of E passes is E of them, whichever run it is.
+        unknown. They may be of one run or of several. With V views a pass over all rows is V epochs.
         """
         fetched, labelled = self.fetch_s_a_row, self.teacher.seconds_a_row
         if fetched is None:
@@ -107,7 +107,7 @@ class Bill:
                 lines.append("the label set never pays for itself: to fetch a row takes as long as to label it")
             else:
                 verb = "paid" if self.is_paid else "pays"
-                lines.append(f"the label set {verb} for itself after {epochs:,.2f} epochs")
+                lines.append(f"the label set {verb} for itself after {epochs:,.2f} passes over all rows")
         return "; ".join(lines)
 
 

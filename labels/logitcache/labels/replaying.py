@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from logitcache.labels.errors import InvalidRequest
 _PYTHON, _NUMPY, _TORCH, _OWN = range(4)
 """Each generator has a seed of its own: Python's and NumPy's would draw the same numbers from one."""
 
-_SEED: ContextVar[int | None] = ContextVar("logitcache_replayed_seed", default=None)
+
+@dataclass
+class _Replayed:
+    """The seed of one `replay`, and how many transforms of `seeded` were called in it so far."""
+
+    seed: int
+    calls: int = 0
+
+
+_REPLAYED: ContextVar[_Replayed | None] = ContextVar("logitcache_replayed", default=None)
 
 
 @contextmanager
@@ -40,7 +50,7 @@ def replay(seed: int) -> Iterator[None]:
     torch = sys.modules.get("torch")
     python, numpy = random.getstate(), np.random.get_state()
     of_torch = None if torch is None else torch.get_rng_state()
-    token = _SEED.set(seed)
+    token = _REPLAYED.set(_Replayed(seed))
     try:
         random.seed(derived(seed, _PYTHON))
         of_numpy = derived(seed, _NUMPY)
@@ -49,15 +59,22 @@ def replay(seed: int) -> Iterator[None]:
             torch.default_generator.manual_seed(derived(seed, _TORCH))
         yield
     finally:
-        _SEED.reset(token)
+        _REPLAYED.reset(token)
         random.setstate(python)
         np.random.set_state(numpy)
         if torch is not None:
             torch.set_rng_state(of_torch)
 
 
+def replayed_seed() -> int | None:
+    """The seed of the innermost `replay` around, or None outside of any."""
+    replayed = _REPLAYED.get()
+    return None if replayed is None else replayed.seed
+
+
 def seeded(transform: Any) -> Callable[..., Any]:
-    """A transform with generators of its own, told the seed of the view that is being made at each call.
+    """A transform with generators of its own, told a seed at each call: that of the view that is being made, and the
+    number of calls before it in this view. So two crops of an item differ, and are the same when it is made again.
 
     It must have a method ``set_random_seed(seed)``, as the ``Compose`` of albumentations has. Outside of `replay` it is
     called as it is.
@@ -80,7 +97,9 @@ class _Seeded:
         self.transform = transform
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        seed = _SEED.get()
-        if seed is not None:
-            self.transform.set_random_seed(derived(seed, _OWN) & 0x7FFFFFFF)
+        replayed = _REPLAYED.get()
+        if replayed is not None:
+            words = (_OWN, replayed.calls) if replayed.calls else (_OWN,)
+            self.transform.set_random_seed(derived(replayed.seed, *words) & 0x7FFFFFFF)
+            replayed.calls += 1
         return self.transform(*arguments, **options)

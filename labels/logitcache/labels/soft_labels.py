@@ -148,6 +148,13 @@ class SoftLabels:
         """How many examples these rows are of."""
         return len(self.fingerprint)
 
+    @property
+    def rows_present(self) -> int:
+        """How many rows hold labels: those of masked examples do not."""
+        if self.present is None or self.row_splits is not None:
+            return len(self)
+        return int(np.count_nonzero(self.present))
+
     def rows_of(self, position: int) -> slice:
         """Where the rows of the example at this position are."""
         if self.row_splits is None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitcache.labels.derived import derived
+from logitcache.labels.errors import DatasetFault
 from logitcache.labels.replaying import replay
 from logitcache.labels.views import seed_for
 
@@ -24,9 +25,23 @@ class ViewedItems:
         self._has_ids = True  # until the first item shows that it has none
 
     def item(self, ordinal: int, view: int) -> Any:
-        """The item at an ordinal as it is in this view."""
-        with replay(seed_for(self._seed, self.id(ordinal), view)):
-            return self._dataset[ordinal]
+        """The item at an ordinal as it is in this view.
+
+        Raises:
+            DatasetFault: its id is not the one that its seed was derived from.
+        """
+        id = self.id(ordinal)
+        with replay(seed_for(self._seed, id, view)):
+            item = self._dataset[ordinal]
+        own = _own_id(item)
+        own = ordinal if own is None else own
+        if own != id:
+            raise DatasetFault(
+                f"example {ordinal:,} has in view {view:,} the id {own!r:.80}, and its seed was derived from {id!r:.80}"
+                ": ids must not depend on what is drawn, and a method id_of must tell those that the items have",
+                example=ordinal,
+            )
+        return item
 
     def id(self, ordinal: int) -> int | str:
         """The id of the example at an ordinal: its own, or the ordinal where it has none."""
@@ -39,11 +54,17 @@ class ViewedItems:
             return _plain(self._dataset.id_of(ordinal))
         with replay(derived(self._seed, ordinal, LOOKING)):
             item = self._dataset[ordinal]
-        found = item.get("id") if isinstance(item, Mapping) else None
+        found = _own_id(item)
         if found is None:
             self._has_ids = bool(self._ids)  # a dataset of both kinds is refused where it is labelled
             return ordinal
-        return self._ids.setdefault(ordinal, _plain(found))
+        return self._ids.setdefault(ordinal, found)
+
+
+def _own_id(item: Any) -> int | str | None:
+    """The id that an item has; None where its ordinal is its id."""
+    found = item.get("id") if isinstance(item, Mapping) else None
+    return None if found is None else _plain(found)
 
 
 def _plain(id: Any) -> int | str:

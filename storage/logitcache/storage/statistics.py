@@ -4,6 +4,7 @@ It lies beside the commits and outside what is hashed: rows never depend on it, 
 """
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,16 @@ def read_retained(places: Places, shard: int) -> RetainedMass:
     """A shard's retained mass; empty when its statistics do not read."""
     try:
         entries = read_statistics(places, shard)["retained_mass"]
-        return {str(name): (int(e["rows"]), float(e["sum"]), float(e["min"])) for name, e in entries.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return {str(name): _retained(entry) for name, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return {}
+
+
+def _retained(entry: Any) -> tuple[int, float, float]:
+    rows, total, least = int(entry["rows"]), float(entry["sum"]), float(entry["min"])
+    if not 0 <= rows < 2**63 or not math.isfinite(total) or not math.isfinite(least):
+        raise ValueError(f"{entry!r:.60} is no retained mass")
+    return rows, total, least
 
 
 def read_teacher_time(places: Places, shard: int) -> TeacherTime | None:

@@ -140,9 +140,12 @@ class Examples(Dataset[Any]):
                 "nothing was labelled",
                 ids=changed,
             )
-        if self.views > 1 and bool(alike(first, self.facts(probes, view=1)).all()):
+        # The fewer the examples, the likelier are two views the same by chance: as many more views are looked at.
+        others = range(1, min(self.views, 1 + -(-PROBES // len(probes))))
+        if others and all(bool(alike(first, self.facts(probes, view=view)).all()) for view in others):
             raise DatasetFault(
-                f"the dataset {self._spec!r} gives the same for every view ({len(probes)} examples tried): {_IGNORED}; "
+                f"the dataset {self._spec!r} gives the same for every view ({len(probes)} examples tried in "
+                f"{1 + len(others)} views): {_IGNORED}; "
                 "without random augmentation leave --views out; nothing was labelled"
             )
         return probes, first

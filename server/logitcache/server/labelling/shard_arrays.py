@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from logitcache.labels.errors import DatasetChanged, TeacherFault, shown
+from logitcache.labels.selection.top_k import Rows, Selection, faulty_rows, select_top_k
+from logitcache.labels.selection.transfer import Stopwatch
 from logitcache.labels.soft_labels import SoftLabels, splits_of
 from logitcache.server.labelling.batches import Batch
 from logitcache.server.labelling.survey import Facts, beyond_fault
 from logitcache.server.labelling.teachers import Teacher
-from logitcache.server.labelling.top_k import Rows, Selection, faulty_rows, select_top_k
-from logitcache.server.labelling.transfer import Stopwatch
 from logitcache.storage.layout import Layout
 
 

@@ -14,9 +14,9 @@ import torch
 
 from logitcache.labels.errors import InvalidRequest, TeacherFault
 from logitcache.labels.identity import MAX_CLASSES, TeacherId
+from logitcache.labels.selection.transfer import to_device
 from logitcache.server.labelling import specs
 from logitcache.server.labelling.batches import Batch
-from logitcache.server.labelling.transfer import to_device
 
 
 class Teacher:
