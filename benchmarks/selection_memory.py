@@ -24,8 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` is found when run as a script
 
+from logitcache.labels.selection.top_k import select_top_k
 from logitcache.labels.soft_labels import RowSpec
-from logitcache.server.labelling.top_k import select_top_k
 
 TEMPERATURES = (1.0, 2.0)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

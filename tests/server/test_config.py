@@ -23,6 +23,7 @@ verify = "background"
 scrub_hours = 1
 log_level = "debug"
 auth = "none"
+record = true
 
 [teachers.resnet]
 spec = "my_models:resnet"
@@ -59,6 +60,7 @@ def test_everything_that_it_says_is_read(tmp_path: Path) -> None:
         "scrub_hours": 1.0,
         "log_level": "debug",
         "auth": "none",
+        "record": True,
     }
     assert config.teachers["resnet"].device == "cuda:0"
     assert config.teachers["bert.large"].device is None

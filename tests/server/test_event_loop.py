@@ -98,6 +98,12 @@ def test_what_is_at_hand_is_answered_on_the_event_loop(client: httpx.Client, thr
     assert threads == ["logitcache-server"]
 
 
+def _opened(catalog: Catalog) -> LocalLabelSet:
+    label_set = catalog.get("digits")
+    assert isinstance(label_set, LocalLabelSet)
+    return label_set
+
+
 @pytest.mark.parametrize("what", NOT_AT_HAND)
 def test_what_takes_longer_is_answered_in_a_worker_thread(client: httpx.Client, threads: list[str], what: str) -> None:
     assert NOT_AT_HAND[what](client).status_code == 200
@@ -108,7 +114,7 @@ def test_what_takes_longer_is_answered_in_a_worker_thread(client: httpx.Client, 
 def test_rows_that_are_on_the_disk_are_read_in_a_worker_thread(
     client: httpx.Client, catalog: Catalog, threads: list[str]
 ) -> None:
-    catalog.get("digits")._paging.cold = True
+    _opened(catalog)._paging.cold = True
     assert AT_HAND["a batch"](client).status_code == 200
     assert AT_HAND["a batch"](client).status_code == 200  # the first was fast
     assert [name == "logitcache-server" for name in threads] == [False, True]
@@ -128,7 +134,7 @@ def test_ids_that_are_not_there_are_told_without_a_thread_as_with_one(client: ht
     body = wire.encode_ids(Ids(np.array([1, -1, 2**62], np.int64)))
     answers = []
     for cold in (False, True):
-        catalog.get("digits")._paging.cold = cold
+        _opened(catalog)._paging.cold = cold
         answer = client.post(FETCH, content=body, headers=SAFETENSORS | {"X-Request-Id": "same"})
         answers.append((answer.status_code, answer.json()))
     assert answers[0] == answers[1]
@@ -147,7 +153,7 @@ def test_a_batch_at_hand_does_not_wait_for_another_label_set_that_is_being_opene
             assert go_on.wait(30)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(catalogs, "LocalLabelSet", Slow)
+    monkeypatch.setattr(catalogs, "open_label_set", Slow)
     thread = threading.Thread(target=client.get, args=("/v1/label-sets/half",))
     thread.start()
     try:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logitcache.labels.selection.top_k import Rows, faulty_rows, select_top_k
 from logitcache.labels.soft_labels import RowSpec, SoftLabels
-from logitcache.server.labelling.top_k import Rows, faulty_rows, select_top_k
 
 TEMPERATURES = (0.5, 1.0, 4.0)
 

@@ -12,6 +12,13 @@ from logitcache.storage.files import Bytes, Files, explained
 OPERATIONS = ("write", "fsync", "link", "rename", "remove", "make_folder")
 
 
+def leave_half(operation: str, path: Path) -> None:
+    """What an operation that was cut short may leave."""
+    if operation in ("write", "append"):
+        with path.open("ab") as file:
+            file.write(b"half of it")
+
+
 @dataclass
 class Counting(Files):
     """Counts operations, and calls ``at(number, operation, path)`` before each of them."""
@@ -50,16 +57,41 @@ class Counting(Files):
         self._count("make_folder", path)
         super().make_folder(path)
 
+    def append(self, handle: int, path: Path, end: int, data: Bytes) -> None:
+        self._count("append", path)
+        super().append(handle, path, end, data)
+
+    def cut(self, handle: int, path: Path, end: int) -> None:
+        self._count("cut", path)
+        super().cut(handle, path, end)
+
 
 def failing(number: int, code: int) -> Counting:
     """Raise this error of the operating system at the operation of that number; a write leaves half its bytes."""
 
     def at(current: int, operation: str, path: Path) -> None:
         if current == number:
-            if operation == "write":
-                path.write_bytes(b"half")
+            leave_half(operation, path)
             raise OSError(code, os.strerror(code))
 
+    return Counting(at)
+
+
+def failing_once(operation: str, after: int, code: int) -> Counting:
+    """Raise this error at such an operation after so many of them, and never again; a write leaves half its bytes."""
+    left = [None] * after
+
+    def at(number: int, current: str, path: Path) -> None:
+        if current != operation:
+            return
+        if left:
+            left.pop()
+        elif not failed:
+            failed.append(path)
+            leave_half(operation, path)
+            raise OSError(code, os.strerror(code))
+
+    failed: list[Path] = []
     return Counting(at)
 
 
@@ -67,7 +99,9 @@ def full_disk(number: int) -> Counting:
     """The disk is full from the operation of that number on, for whatever needs room."""
 
     def at(current: int, operation: str, path: Path) -> None:
-        if current >= number and (operation == "write" or (operation == "make_folder" and not path.exists())):
+        if current >= number and (
+            operation in ("write", "append") or (operation == "make_folder" and not path.exists())
+        ):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return Counting(at)
@@ -78,8 +112,7 @@ def killed(number: int) -> Counting:
 
     def at(current: int, operation: str, path: Path) -> None:
         if current == number:
-            if operation == "write":
-                path.write_bytes(b"half of it")
+            leave_half(operation, path)
             os.kill(os.getpid(), signal.SIGKILL)
 
     return Counting(at)

@@ -18,6 +18,8 @@ from logitcache.client.extras import import_with_torch
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.http import HttpLabelSet
 from logitcache.client.label_source import Labels
+from logitcache.client.record import record
+from logitcache.client.recorder import Recorder
 from logitcache.client.schedule import Decay, EveryNth, FirstSteps, Schedule, WithProbability
 from logitcache.client.several import SeveralLabels
 from logitcache.client.stats import Stats
@@ -32,6 +34,7 @@ from logitcache.labels.errors import (
     MissingExtra,
     NotFound,
     RangeOutside,
+    RecorderReplaced,
     RowsMissing,
     ServerUnreachable,
     ShapeMismatch,
@@ -42,6 +45,7 @@ from logitcache.labels.errors import (
 )
 from logitcache.labels.identity import TeacherId
 from logitcache.labels.label_set import Description
+from logitcache.labels.mixing import Mixing, mixing
 from logitcache.labels.replaying import replay, seeded
 from logitcache.labels.soft_labels import SoftLabels
 from logitcache.labels.views import seed_for, view_of
@@ -66,8 +70,11 @@ __all__ = [
     "Labels",
     "LogitcacheError",
     "MissingExtra",
+    "Mixing",
     "NotFound",
     "RangeOutside",
+    "Recorder",
+    "RecorderReplaced",
     "RowsMissing",
     "Schedule",
     "ServerUnreachable",
@@ -85,6 +92,8 @@ __all__ = [
     "connect",
     "distillation_loss",
     "kl_divergence",
+    "mixing",
+    "record",
     "replay",
     "seed_for",
     "seeded",

@@ -204,7 +204,7 @@ def check_fingerprints(inputs: Any, soft: SoftLabels, ids: Ids) -> None:
     over.
 
     Raises:
-        LabelMismatch: some differ; the examples are named.
+        LabelMismatch: some differ, or were recorded without their inputs; the examples are named.
         InvalidRequest: the inputs are not arrays of numbers.
     """
     try:
@@ -214,6 +214,14 @@ def check_fingerprints(inputs: Any, soft: SoftLabels, ids: Ids) -> None:
     differs = held != soft.fingerprint
     if soft.present is not None:
         differs &= soft.present
+    unknown = differs & (soft.fingerprint == 0)
+    if unknown.any():
+        wrong = ids.at(unknown)
+        raise LabelMismatch(
+            f"the inputs of {len(wrong):,} examples cannot be compared (ids: {shown(wrong)}): their rows were recorded "
+            "without telling what the model was shown. Record with add(…, inputs=…), or fetch without inputs",
+            ids=wrong,
+        )
     if differs.any():
         wrong = ids.at(differs)
         raise LabelMismatch(

@@ -144,7 +144,7 @@ class HttpLabelSet:
             part = wanted[begin : begin + size]
             request = wire.encode_ids(part, digest=digest)
             most_bytes = len(part) + wire.MAX_HEADER_BYTES + 8
-            body = self._exchange("POST", "/missing", request, wire.MEDIA_TYPE, most_bytes, deadline)
+            body = self.exchange("POST", "/missing", request, wire.MEDIA_TYPE, most_bytes, deadline)
             parts.append(decode_states(body, len(part), f"{self.url}/missing"))
         return np.concatenate(parts)
 
@@ -154,7 +154,7 @@ class HttpLabelSet:
         self._transport.close()
 
     def _describe(self, deadline: Deadline) -> Description:
-        description = Description.from_json(parse_json(self._exchange("GET", "", None, JSON, MAX_TEXT_BYTES, deadline)))
+        description = Description.from_json(parse_json(self.exchange("GET", "", None, JSON, MAX_TEXT_BYTES, deadline)))
         if description.name != self.name:
             raise MalformedMessage(f"{self.url} describes {description.name[:80]!r}: is that a logitcache server?")
         self._described = description
@@ -203,7 +203,7 @@ class HttpLabelSet:
         most_bytes = self._most_bytes(part, described)
         request = wire.encode_ids(part.ids, part.ranges, view=part.view, digest=digest, on_missing=part.on_missing)
         try:
-            body = self._exchange("POST", "/fetch", request, wire.MEDIA_TYPE, most_bytes, part.deadline)
+            body = self.exchange("POST", "/fetch", request, wire.MEDIA_TYPE, most_bytes, part.deadline)
         except LogitcacheError as error:
             raise with_texts(error, part.ids) from error.__cause__
         soft = wire.decode_rows(body)
@@ -237,16 +237,26 @@ class HttpLabelSet:
         if soft.examples == self._examples_a_part and 4 * size < described.limits.response_bytes:
             self._examples_a_part = 2 * soft.examples
 
-    def _exchange(
-        self, method: str, part: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
+    def exchange(
+        self,
+        method: str,
+        part: str,
+        content: bytes | None,
+        accept: str,
+        most_bytes: int,
+        deadline: Deadline,
+        content_type: str | None = None,
     ) -> memoryview:
         """The body of a successful answer of the media type ``accept``; see `retrying.ask` for what is tried again.
 
-        ``part`` follows the label set's own path.
+        ``part`` follows the label set's own path, ``content_type`` is that of ``content``: ``accept`` unless told.
         """
         self._tally.count(requests=1)
+        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}", "Accept-Encoding": "identity"}
+        if content is not None:
+            headers["Content-Type"] = content_type or accept
         return ask(
-            lambda: self._attempt(method, part, content, accept, most_bytes, deadline),
+            lambda: self._attempt(method, part, content, headers, most_bytes, deadline),
             url=self.url + part,
             deadline=deadline,
             retries=self._retries,
@@ -254,14 +264,17 @@ class HttpLabelSet:
         )
 
     def _attempt(
-        self, method: str, part: str, content: bytes | None, accept: str, most_bytes: int, deadline: Deadline
+        self,
+        method: str,
+        part: str,
+        content: bytes | None,
+        headers: dict[str, str],
+        most_bytes: int,
+        deadline: Deadline,
     ) -> memoryview:
         url = self.url + part
         if not deadline.remaining_s:
             raise DeadlineExceeded(f"{url} was not asked: the {deadline.timeout_s:g} s allowed for the call are over")
-        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}", "Accept-Encoding": "identity"}
-        if content is not None:
-            headers["Content-Type"] = accept
         try:
             answer = self._transport.exchange(method, self._path + part, headers, content, most_bytes, deadline)
         except RuntimeError as error:
@@ -280,7 +293,7 @@ class HttpLabelSet:
             ) from error
         except AnswerTooLong as error:
             raise MalformedMessage(f"{url} sends {error}") from error
-        check_answer(answer, url, accept)
+        check_answer(answer, url, headers["Accept"].partition(",")[0])
         return answer.body
 
 

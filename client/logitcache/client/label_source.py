@@ -8,10 +8,12 @@ one in its place. It knows nothing of HTTP, files or torch.
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from logitcache.client.attach import AUTO, AttachedLoader, Auto, Part, given_parts, token_parts
+from logitcache.client.attach import Attachable, ToAttach
 from logitcache.client.fetched import FetchedLabels
 from logitcache.client.held_inputs import (
     HeldTokens,
@@ -24,23 +26,30 @@ from logitcache.client.held_inputs import (
     too_many,
 )
 from logitcache.client.in_process import InProcess
-from logitcache.client.lookahead import BUFFER_BYTES
-from logitcache.client.schedule import Schedule
+from logitcache.client.record import begun, checked, sink_of
+from logitcache.client.recorder import BUFFER_BYTES as RECORDED_BYTES
+from logitcache.client.recorder import Recorder
 from logitcache.client.stats import Stats
-from logitcache.client.target import check_expected, check_successor, open_label_set, parse_target
-from logitcache.client.viewed import as_seen
+from logitcache.client.target import (
+    HttpTarget,
+    beside,
+    check_expected,
+    check_successor,
+    example_ids,
+    open_label_set,
+    parse_target,
+)
 from logitcache.client.waiting import once_labelled
-from logitcache.labels.errors import Id, InvalidRequest, RangeOutside
-from logitcache.labels.identity import TeacherId
+from logitcache.labels.errors import Id, InvalidRequest, LogitcacheError, RangeOutside
+from logitcache.labels.identity import Dtype, TeacherId, declared
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import LABELLED, Description, LabelSet, OnMissing
 from logitcache.labels.ranges import as_ranges
+from logitcache.labels.recorded import Mode, RecordingTerms, recorder_id
 from logitcache.labels.soft_labels import SoftLabels
 
-Batch = TypeVar("Batch")
 
-
-class Labels:
+class Labels(Attachable):
     """The soft labels of one label set. Thread-safe, fork-safe and picklable; made by `connect`, whose arguments it
     has.
     """
@@ -144,8 +153,19 @@ class Labels:
             check_fingerprints(inputs, soft, wanted)
         fetched = FetchedLabels.of(soft)
         size = 0 if here.described is None else here.described.row_spec.nbytes(len(soft), soft.examples)
-        here.tally.count(rows=len(soft), bytes=size, fetch_ms=1000 * (time.perf_counter() - began))
+        here.tally.count(rows=soft.rows_present, bytes=size, fetch_ms=1000 * (time.perf_counter() - began))
         return fetched
+
+    def look(self, ids: Any) -> SoftLabels:
+        """What these examples are known by: their labels, of a causal label set none of their rows, with a mask.
+
+        They are not counted, because nobody trains on them. Errors are those of `fetch`.
+        """
+        here, reader = self._opened()
+        rows = (0, 0) if self._is_causal else None
+        soft = reader.fetch(as_ids(on_cpu(ids)), rows=rows, digest=self._digest, on_missing="mask")
+        self._follow(here, soft.digest)
+        return soft
 
     def missing(self, ids: Any) -> list[Id]:
         """Those of these ids that have no labels, once each, in the order given.
@@ -159,92 +179,78 @@ class Labels:
         self._follow(here, self._digest or reader.describe().digest)
         return wanted.at(reader.states(wanted, digest=self._digest) != LABELLED)
 
-    def attach(
+    def record(
         self,
-        loader: Iterable[Batch],
+        name: str,
         *,
-        ids: Part,
-        rows: Part | tuple[int, int] | None = None,
-        view: Any = 0,
-        inputs: Part | Auto | None = AUTO,
-        attention_mask: Part | Auto | None = AUTO,
-        on_missing: OnMissing | Literal["wait"] = "error",
-        depth: int | None = None,
-        buffer_bytes: int = BUFFER_BYTES,
-        device: Any = None,
-        schedule: Schedule | None = None,
-        first_step: int = 0,
-        accumulate: int = 1,
-    ) -> AttachedLoader[Batch]:
-        """The loader, with the labels of each batch beside it: iterating gives ``(batch, soft)``.
+        run: str,
+        steps: range,
+        mode: Mode = "train",
+        weights: str = "moving",
+        preprocessing: str | None = None,
+        top_k: int | None = None,
+        temperatures: Iterable[float] | None = None,
+        dtype: Dtype | None = None,
+        targets: bool | None = None,
+        views: int | None = None,
+        rank: int = 0,
+        recorders: int = 1,
+        buffer_bytes: int = RECORDED_BYTES,
+    ) -> Recorder:
+        """Begin to record a new label set of the same examples, beside this one; or go on with it.
 
-        Labels of the next batches are fetched while a step computes, in the loader's order, by one thread. Otherwise it
-        is the loader: its length, its ``set_epoch``, its state (at the batch that was delivered), its other attributes.
-        Batches are held until their step: a loader that refills one buffer must be copied from, or attached with
-        ``depth=0``.
-
-        With a causal label set, the token ids of every batch that is a mapping with ``"input_ids"`` are checked, and
-        the labels come cut to the tokens that the batch has.
+        Its ids, classes and alignment are this label set's, and so is the rest unless it is given; `record` tells the
+        arguments. Of V views the first ``views`` are recorded.
 
         Args:
-            loader: a DataLoader, or any iterable of batches.
-            ids: where a batch has its ids: a key, a position, or a function of the batch. See `with_ids`. Where it has
-                what `with_views` adds, ids, views and hashes of the inputs are taken from that, and compared.
-            rows: which rows of each example, for batches that begin in the middle of their examples: ``(start, stop)``
-                for all, or where a batch has an array or tensor (examples, 2) of them.
-            view: one view for all, or where a batch has the view of each example: a key or a function.
-            inputs: where a batch has the inputs, to check every one of them as `fetch` does; None checks nothing.
-                Unless given, ``"input_ids"`` of batches that have it, with a causal label set; nothing otherwise.
-            attention_mask: where a batch has the mask of these inputs; unless given, ``"attention_mask"`` of batches
-                that have it, with a causal label set. None takes all inputs for tokens.
-            on_missing: as in `fetch`; `distillation_loss` takes the CE alone for examples that are masked.
-            depth: batches ahead that labels are fetched for, each held in memory; 0 fetches at the step itself. None
-                begins with 2 and asks for one more, up to 16, where a step waited and asking earlier can help; `stats`
-                tells how many. The depth changes neither order nor labels, but with it the step at which a batch is
-                pulled; so where loader and step draw from one generator, in one process, a number makes runs
-                repeatable.
-            buffer_bytes: with depth None, bytes of labels that are held or under way: no more batches are asked for
-                than fit if their labels are as large as the largest of the last 32 answers, but always one ahead.
-            device: yield `SoftLabelTensors` there in place of NumPy arrays. The thread that fetches makes them; for a
-                CUDA device it copies into pinned memory, and the step issues non-blocking copies on its own stream.
-            schedule: at which of the optimizer's steps to distil. Batches of steps of weight 0 come as
-                ``(batch, None)``, and nothing is fetched for them.
-            first_step: the optimizer's step that the first batch belongs to, for a run that resumes. Later epochs go on
-                from the last; ``step`` of what is returned tells the next one and can be set.
-            accumulate: batches that make one step of the optimizer; the end of an epoch ends a step, too.
+            name: of the new label set, in the same store or on the same server.
+            run: see `record`, as for all others.
+            steps: at which it records: ``range(first, last + 1)``.
+            mode: how the model runs.
+            weights: ``"moving"``, or what names them.
+            preprocessing: what was done to inputs.
+            top_k: classes stored of each row.
+            temperatures: to declare besides 1.
+            dtype: of the stored logits.
+            targets: store targets.
+            views: of each example.
+            rank: which of the recorders this is.
+            recorders: how many record together.
+            buffer_bytes: of rows that may wait to be sent.
 
         Raises:
-            InvalidRequest: ``depth`` or ``first_step`` is below 0, ``buffer_bytes`` or ``accumulate`` is below 1, or
-                ``attention_mask`` is given without ``inputs``.
+            InvalidRequest: this label set is not finished, or an argument cannot be right.
+            LogitcacheError: as `record`.
         """
-        self._opened()
-        parts = token_parts(inputs, attention_mask) if self._is_causal else given_parts(inputs, attention_mask)
-
-        def fetch(ids: Any, **others: Any) -> FetchedLabels:
-            return self.fetch(ids, on_missing=on_missing, **{"rows": rows, "view": view, **others})
-
-        if rows is not None and not isinstance(rows, tuple):
-            parts["rows"] = rows
-        if isinstance(view, str) or callable(view):
-            parts["view"] = view
-        return AttachedLoader(
-            loader,
-            as_seen(fetch),
-            lambda: self._here().tally,
-            ids=ids,
-            parts=parts,
-            depth=depth,
-            buffer_bytes=buffer_bytes,
-            device=device,
-            schedule=schedule,
-            first_step=first_step,
-            accumulate=accumulate,
+        _, reader = self._opened()
+        described = reader.describe()
+        of_this, target = described.identity, beside(self._target, name)
+        told = {"k": top_k, "dtype": dtype, "targets": targets, "views": views}
+        given: dict[str, Any] = {field: value for field, value in told.items() if value is not None}
+        preprocessing = of_this.teacher.preprocessing if preprocessing is None else preprocessing
+        identity = replace(
+            of_this,
+            teacher=recorder_id(run, steps, mode, weights, preprocessing),
+            temperatures=of_this.temperatures if temperatures is None else declared(temperatures),
+            **given,
         )
+        if identity.views > of_this.views:
+            raise InvalidRequest(f"views={views}: {self!r} has {of_this.views:,}")
+        terms = RecordingTerms(checked(identity), steps, described.examples, recorders)
+        like = described.name if isinstance(target, HttpTarget) else None
+        ids = None if like is not None else example_ids(reader)
+        sink = sink_of(target, like, timeout_s=self._timeout_s, retries=self._retries)
+        return begun(sink, str(target), terms, rank, ids, buffer_bytes)
 
     @property
     def stats(self) -> Stats:
-        """What fetching has cost in this process so far."""
+        """What fetching has cost in this process so far; while shards are still labelled, their teacher's time is asked
+        for at each call.
+        """
         here = self._here()
+        if here.described is not None and here.described.digest is None:
+            with suppress(LogitcacheError):  # then what was known last is told: a call of `fetch` says what is wrong
+                self._describe_again(*self._opened(), None)
         return here.tally.snapshot(None if here.described is None else here.described.teacher_time)
 
     def close(self) -> None:
@@ -266,6 +272,12 @@ class Labels:
 
     def __reduce__(self) -> Any:
         return _rebuild, (str(self._target), self._digest, self._teacher, self._timeout_s, self._retries)
+
+    def _to_attach(self) -> ToAttach:
+        self._opened()
+        described = self._here().described
+        is_augmented = described is not None and described.identity.seed != 0
+        return ToAttach(self.fetch, lambda: self._here().tally, self._is_causal, is_augmented)
 
     def _here(self) -> InProcess:
         if self._process.pid != os.getpid():
@@ -308,7 +320,11 @@ class Labels:
         """
         if here.described is None or here.reader is None or digest == (self._digest or here.described.digest):
             return
-        now = here.reader.describe()
+        self._describe_again(here, here.reader, digest)
+
+    def _describe_again(self, here: InProcess, reader: LabelSet, digest: str | None) -> None:
+        assert here.described is not None
+        now = reader.describe()
         check_expected(now, digest=self._digest, teacher=self._teacher)
         check_successor(here.described, now, repr(self), digest)
         here.described = now

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from logitcache.labels.errors import LogitcacheError, RangeOutside, RowsMissing
 from logitcache.labels.ids import Ids
 from logitcache.labels.label_set import Description
-from logitcache.labels.missing import rows_missing
+from logitcache.labels.missing import AGAIN, NOT_YET, rows_missing
 
 Error = TypeVar("Error", bound=LogitcacheError)
 
@@ -61,7 +61,7 @@ def all_missing(parts: list[RowsMissing], ids: Ids, described: Description, dige
         asked=len(ids.at(slice(None))),
         unknown=list(dict.fromkeys(missing for part in parts for missing in part.unknown)),
         unlabelled=list(dict.fromkeys(missing for part in parts for missing in part.unlabelled)),
-        reason=f"shards withdrawn as damaged: {damaged:,}" if damaged else "not labelled yet",
+        reason=f"shards withdrawn as damaged: {damaged:,}; {AGAIN}" if damaged else NOT_YET,
     )
     error.request_id = parts[0].request_id
     return error

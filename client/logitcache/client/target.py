@@ -16,6 +16,7 @@ from logitcache.client.http import HttpLabelSet
 from logitcache.client.stats import Tally
 from logitcache.labels.errors import DigestChanged, InvalidRequest, TeacherMismatch
 from logitcache.labels.identity import TeacherId, check_name
+from logitcache.labels.ids import Ids
 from logitcache.labels.label_set import Description, LabelSet, Limits
 
 _FORGOTTEN_SCHEME = re.compile(r"[\w.-]+:\d+(/.*)?")
@@ -64,6 +65,20 @@ def parse_target(target: str | Path) -> HttpTarget | Path:
     return HttpTarget(base.rstrip("/"), check_name(unquote(name)))
 
 
+def beside(target: HttpTarget | Path, name: str) -> HttpTarget | Path:
+    """Where another label set of the same store is."""
+    check_name(name)
+    return HttpTarget(target.base_url, name) if isinstance(target, HttpTarget) else target.parent / name
+
+
+def example_ids(label_set: LabelSet) -> Ids | None:
+    """Ids of all examples of a label set in a folder; None where they are their ordinals."""
+    from logitcache.storage import LocalLabelSet, RecordedLabelSet
+
+    assert isinstance(label_set, LocalLabelSet | RecordedLabelSet)
+    return label_set.example_ids()
+
+
 def open_label_set(target: HttpTarget | Path, *, timeout_s: float, retries: int | None, tally: Tally) -> LabelSet:
     """A reader of the label set there.
 
@@ -72,10 +87,10 @@ def open_label_set(target: HttpTarget | Path, *, timeout_s: float, retries: int 
     """
     if isinstance(target, HttpTarget):
         return HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries, tally=tally)
-    from logitcache.storage import LocalLabelSet  # only a folder needs storage
+    from logitcache import storage  # only a folder needs it
 
     # Limits protect a server from its clients; a process need not be protected from itself.
-    return LocalLabelSet(target, limits=Limits(ids=sys.maxsize, response_bytes=sys.maxsize))
+    return storage.open_label_set(target, limits=Limits(ids=sys.maxsize, response_bytes=sys.maxsize))
 
 
 def check_expected(found: Description, *, digest: str | None, teacher: str | TeacherId | None) -> None:

@@ -88,7 +88,7 @@ class Transport(Protocol):
         """The response to one request.
 
         Args:
-            method: GET or POST.
+            method: GET, POST or PUT.
             path: what follows the address that the transport was made for, percent-encoded.
             headers: besides those of the transport itself.
             content: the request's body.

@@ -21,7 +21,8 @@
     │   ├── DigestChanged            the digest you pinned is not what is served
     │   ├── TeacherMismatch          labelled by another teacher than you asked for
     │   ├── LabelMismatch            the inputs you hold are not the inputs the teacher was shown
-    │   ├── IdentityChanged          a resumed precompute differs from the one that began the label set
+    │   ├── IdentityChanged          a resumed precompute or recording differs from what began the label set
+    │   ├── RecorderReplaced         another recorder took this one's place
     │   └── DatasetChanged           the dataset is not the one that was labelled, or changes while it is read
     ├── Unavailable              nothing is wrong with the call: try again later
     │   ├── ServerUnreachable        no connection, or it broke
@@ -243,6 +244,12 @@ class IdentityChanged(WrongLabels):
     code = "identity-changed"
 
 
+class RecorderReplaced(WrongLabels):
+    """Another recorder of the same rank began since; what this one has recorded is kept, and no more of it is taken."""
+
+    code = "recorder-replaced"
+
+
 class DatasetChanged(WrongLabels):
     """The dataset is not the one that was labelled, or gives other inputs each time it is read."""
 
@@ -324,7 +331,7 @@ class ShardDamaged(StorageFault):
 class TeacherFault(LogitcacheError):
     """The teacher raised, or returned something that cannot be stored."""
 
-    code = "teacher-fault"
+    code, status = "teacher-fault", 422
 
 
 class DatasetFault(LogitcacheError):

@@ -57,7 +57,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Shards:
-    """How many shards there are, and how many are committed, verified since opening, withdrawn as damaged."""
+    """How many shards there are, and how many are committed, verified since opening, withdrawn as damaged.
+
+    While a label set is recorded it has none.
+    """
 
     total: int
     committed: int
@@ -190,7 +193,7 @@ class LabelSet(Protocol):
         Args:
             ids: whole numbers or texts, see `logitcache.labels.ids.as_ids`.
             rows: which rows of each example, see `logitcache.labels.ranges.as_ranges`; None means all.
-            view: which augmentation; this version has one, 0.
+            view: which augmentation: one for all ids, or one for each, see `logitcache.labels.views.as_views`.
             digest: the generation to read; None takes the newest, or what is labelled so far.
             on_missing: ``"error"``, or ``"mask"`` for a ``present`` mask.
 

@@ -230,13 +230,26 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
     return SoftLabels(**arrays, temperatures=temperatures, digest=plan.metadata.get("digest") or None)
 
 
+def rows_of(arrays: Arrays, metadata: Mapping[str, str]) -> SoftLabels:
+    """Soft labels of arrays that were parsed already, such as those of a body that holds more than rows; errors as in
+    `decode_rows`.
+    """
+    temperatures = _check_rows({name: (array.dtype.name, array.shape) for name, array in arrays.items()}, metadata)
+    rows: Any = arrays
+    return SoftLabels(**rows, temperatures=temperatures)
+
+
 @lru_cache(maxsize=PLANS)
 def _read_rows(head: bytes, size: int) -> tuple[BodyPlan, tuple[float, ...]]:
     """The plan of a body of rows, and their temperatures; whatever can be told without the arrays is checked."""
     plan = _read_plan(head, size)
-    found = {name: (dtype.name, shape) for name, dtype, shape, _ in plan.places}
+    return plan, _check_rows({name: (dtype.name, shape) for name, dtype, shape, _ in plan.places}, plan.metadata)
+
+
+def _check_rows(found: dict[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> tuple[float, ...]:
+    """Temperatures of rows in these arrays, by their dtypes and shapes, which are refused unless they agree."""
     try:
-        temperatures = tuple(float(value) for value in json.loads(plan.metadata["temperatures"]))
+        temperatures = tuple(float(value) for value in json.loads(metadata["temperatures"]))
         (index_dtype, (rows, k)), (dtype, _), (_, (examples,)) = (
             found[name] for name in ("indices", "logits", "fingerprint")
         )
@@ -248,4 +261,4 @@ def _read_rows(head: bytes, size: int) -> tuple[BodyPlan, tuple[float, ...]]:
         raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")
     if not spec.ragged and rows != examples:
         raise MalformedMessage(f"the body does not hold soft labels: {rows:,} rows of {examples:,} examples")
-    return plan, temperatures
+    return temperatures

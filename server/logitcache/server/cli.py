@@ -7,7 +7,7 @@ which extra they lack.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from logitcache.server.jobs.recording import recorded
 from logitcache.server.listing import page, table
 from logitcache.server.names import not_found
 from logitcache.server.terminal import Commands, extra, sigterm_as_interrupt, store_option
-from logitcache.storage import LocalLabelSet, label_set_names
+from logitcache.storage import Readable, Recording, label_set_names
+from logitcache.storage import open_label_set as opened
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -39,15 +40,13 @@ def cli(debug: bool) -> None:
 
 
 @contextmanager
-def open_label_set(
-    store: Path, name: str, verify: Literal["strict", "background"] = "strict"
-) -> Iterator[LocalLabelSet]:
+def open_label_set(store: Path, name: str, verify: Literal["strict", "background"] = "strict") -> Iterator[Readable]:
     """One label set of a store, closed afterwards; an unknown name is answered with those that are near."""
     check_name(name)
     names = label_set_names(store)
     if name not in names:
         raise not_found(name, names)
-    with closing(LocalLabelSet(store / name, verify=verify)) as label_set:
+    with closing(opened(store / name, verify=verify)) as label_set:
         yield label_set
 
 
@@ -161,6 +160,7 @@ def precompute(only_plan: bool, teachers: tuple[str, ...], temperatures: tuple[f
 @click.option(
     "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
 )
+@click.option("--record", is_flag=True, help="Let training runs record label sets into the store.")
 @click.option(
     "--config",
     "config_file",
@@ -269,8 +269,18 @@ def fetch(
             message = f"No such option: {option}; an id that begins with a dash goes after --."
             raise click.NoSuchOption(option, message, known, ctx)
     with open_label_set(store, name) as label_set:
-        wanted = [parse_id(id, label_set.layout.identity.ids) for id in ids]
+        wanted = [parse_id(id, label_set.identity.ids) for id in ids]
         click.echo(json.dumps(rows_to_json(fetch_rows(label_set, wanted, rows=parse_rows(rows), **options))))
+
+
+def _shown_by(bar: Any) -> Callable[[int, int], None]:
+    """A progress bar as a function of what is done and of what there is."""
+
+    def progress(done: int, total: int) -> None:
+        bar.length = total
+        bar.update(done - bar.pos)
+
+    return progress
 
 
 @cli.command()
@@ -287,12 +297,7 @@ def verify(name: str, store: Path) -> None:
     """
     with open_label_set(store, name) as label_set:
         with click.progressbar(length=0, label="verifying", file=sys.stderr) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.length = total
-                bar.update(done - bar.pos)
-
-            reports = label_set.verify_all(progress)
+            reports = label_set.verify_all(_shown_by(bar))
         description = label_set.describe()
     damaged = [report for report in reports if not report.ok]
     for report in damaged:
@@ -307,6 +312,32 @@ def verify(name: str, store: Path) -> None:
         f"{len(reports):,} of {description.shards.total:,} shards are committed, and are what their commits say; "
         f"{description.examples - description.labelled:,} examples are not labelled"
     )
+
+
+@cli.command()
+@click.argument("name")
+@store_option
+@click.option("--part", is_flag=True, help="Seal the examples that were recorded, though others were not.")
+def seal(name: str, store: Path, part: bool) -> None:
+    """Seal NAME, which a run recorded and did not finish.
+
+    Killed on the way, the same line again goes on. Examples that were not recorded are told; with --part they are left
+    out, and ids that were the examples' ordinals become whole numbers of their own.
+
+    \b
+    Example:
+      logitcache seal run-7 --part
+    """
+    check_name(name)
+    if name not in (names := label_set_names(store)):
+        raise not_found(name, names)
+    with (
+        sigterm_as_interrupt(),
+        Recording(store / name) as recording,
+        click.progressbar(length=0, label="sealing", file=sys.stderr) as bar,
+    ):
+        generation = recording.seal(part=part, progress=_shown_by(bar))
+    click.echo(f"{name}: {generation.examples:,} examples\ndigest      {generation.digest}")
 
 
 @cli.command()

@@ -47,6 +47,7 @@ class ServerOptions(BaseModel):
     scrub_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning"] = "info"
     auth: Literal["none"] | None = None
+    record: bool = False
 
 
 class RegisteredTeacher(BaseModel):

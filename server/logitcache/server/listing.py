@@ -71,7 +71,7 @@ def page(description: Description) -> str:
     identity, shards = description.identity, description.shards
     facts = {
         "name": description.name,
-        "digest": description.digest or "none yet: run its precompute again to finish it",
+        "digest": description.digest or _unfinished(description),
         "generation": "none yet" if description.generation is None else str(description.generation),
         **{f"generation {each.number}": _generation(each) for each in description.generations[:-1]},
         "teacher": identity.teacher.name,
@@ -98,6 +98,12 @@ def page(description: Description) -> str:
 
 def _generation(sealed: Sealed) -> str:
     return f"{sealed.digest}, {counted(sealed.examples, 'example')}"
+
+
+def _unfinished(description: Description) -> str:
+    if not description.shards.total:
+        return "none yet: it is being recorded"
+    return "none yet: run its precompute again to finish it"
 
 
 def _teacher_time(description: Description) -> str:

@@ -65,6 +65,26 @@ class Files:
         with explained(path):
             path.mkdir(exist_ok=True)
 
+    def open_to_append(self, path: Path) -> int:
+        """A handle of a file for `append` and `cut`; the file is made if it is not there."""
+        with explained(path):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def append(self, handle: int, path: Path, end: int, data: Bytes) -> None:
+        """Write at the end of an open file, which is ``end``; it would survive a power cut when this returns."""
+        with explained(path):
+            rest = memoryview(data).cast("B")
+            while rest:
+                written = os.pwrite(handle, rest, end)
+                rest, end = rest[written:], end + written
+            os.fdatasync(handle)
+
+    def cut(self, handle: int, path: Path, end: int) -> None:
+        """Cut an open file off at ``end``, durably."""
+        with explained(path):
+            os.ftruncate(handle, end)
+            os.fsync(handle)
+
     def publish(self, staged: Path, final: Path) -> None:
         """Link an already synced file to its final name and drop the staging name; the folder is still to be synced."""
         self.link(staged, final)

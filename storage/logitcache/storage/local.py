@@ -4,6 +4,7 @@ Fetching is: ids to rows, are those rows served, one ``np.take`` an array straig
 look whether a shard was withdrawn meanwhile. It imports neither the Zarr library nor torch.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from logitcache.labels import wire
 from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import (
     DigestChanged,
+    InvalidRequest,
     LabelSetNotFound,
     NotALabelSet,
     RowsMissing,
@@ -24,12 +26,13 @@ from logitcache.labels.errors import (
     StoreNotFound,
     shown,
 )
-from logitcache.labels.ids import Ids
+from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import LABELLED, UNKNOWN, UNLABELLED, Description, Limits, OnMissing, Sealed
 from logitcache.labels.label_set import Shards as ShardCounts
-from logitcache.labels.missing import rows_missing
+from logitcache.labels.missing import AGAIN, NOT_YET, rows_missing
 from logitcache.labels.ranges import check_ranges
 from logitcache.labels.soft_labels import SoftLabels, splits_of
+from logitcache.storage.admission import read_part, stored_rows
 from logitcache.storage.asked import Asked, asked_for
 from logitcache.storage.gather import gather_rows, gather_runs, mark_missing
 from logitcache.storage.layout import TEXTS, Layout
@@ -89,7 +92,7 @@ class LocalLabelSet:
             raise NotALabelSet(f"{self.path} is a store and not a label set: name one in it ({shown(inside)})")
         self._limits = limits or Limits()
         self._shards = Shards(Places(self.path), verify, scrub_s)
-        self._identity, self._spec = self.layout.identity, self.layout.row_spec
+        self.identity, self.row_spec = self.layout.identity, self.layout.row_spec
         self._made: dict[int, _Made] = {}
         self._paging = Paging()
 
@@ -114,7 +117,7 @@ class LocalLabelSet:
         made = self._how_made(state)
         return Description(
             name=self.name,
-            identity=self._identity,
+            identity=self.identity,
             examples=layout.examples,
             labelled=labelled,
             rows=rows,
@@ -147,7 +150,7 @@ class LocalLabelSet:
         """
         asked = self._asked(ids, rows, view, digest, on_missing, limits)
         arrays, found = self._fetch(asked, None)
-        return SoftLabels(**arrays, temperatures=self._spec.temperatures, digest=found)
+        return SoftLabels(**arrays, temperatures=self.row_spec.temperatures, digest=found)
 
     def fetch_body(
         self, ids: Any, *, rows: Any = None, view: Any = 0, digest: str | None = None, on_missing: OnMissing = "error"
@@ -157,7 +160,7 @@ class LocalLabelSet:
         body: list[np.ndarray] = []
 
         def allocate(rows: int, found: str | None) -> dict[str, np.ndarray]:
-            buffer, views = wire.rows_plan(self._spec, rows, len(asked.ids), asked.masked, found).allocate()
+            buffer, views = wire.rows_plan(self.row_spec, rows, len(asked.ids), asked.masked, found).allocate()
             body[:] = [buffer]
             return views
 
@@ -174,20 +177,41 @@ class LocalLabelSet:
         states: np.ndarray = np.where(labelled, LABELLED, np.where(looked.known, UNLABELLED, UNKNOWN)).astype(np.uint8)
         return states
 
+    def example_ids(self) -> Ids | None:
+        """Ids of all its examples in their order; None where they are their ordinals.
+
+        Raises:
+            InvalidRequest: it is not sealed, so not all are known.
+            ShardDamaged: some cannot be read.
+        """
+        state = self._current()
+        if state.newest is None or len(state.newest.commits) != state.layout.shards:
+            raise InvalidRequest(f"{self.name!r} is not finished, so its examples are not all known: finish it first")
+        if self.identity.ids == "ordinal":
+            return None
+        places, layout = Places(self.path), state.layout
+        commits = [state.commits[shard] for shard in range(layout.shards) if shard in state.commits]
+        if len(commits) < layout.shards:
+            raise ShardDamaged(f"{self.name!r} has damaged shards: {AGAIN}")
+        keys = np.concatenate([stored_rows(places, layout, commit, "ids") for commit in commits])
+        if self.identity.ids == "integer":
+            return Ids(keys)
+        return as_ids([text for commit in commits for text in json.loads(read_part(places, layout, commit, TEXTS))])
+
     def is_at_hand(self, examples: int) -> bool:
         """A fetch of so many examples is quick and touches no disk, as far as can be told: `FEW_EXAMPLES`, and
         `FEW_BYTES` of rows if they have as many as others, all served and in memory.
         """
         layout = self.layout
-        rows = examples * layout.rows // max(1, layout.examples) if self._spec.ragged else examples
-        few = examples <= FEW_EXAMPLES and self._spec.nbytes(rows, examples) <= FEW_BYTES
+        rows = examples * layout.rows // max(1, layout.examples) if self.row_spec.ragged else examples
+        few = examples <= FEW_EXAMPLES and self.row_spec.nbytes(rows, examples) <= FEW_BYTES
         return few and not self._paging.cold and self._shards.is_settled and self._shards.is_in_memory()
 
     def _asked(
         self, ids: Any, rows: Any, view: Any, digest: str | None, on_missing: str, limits: Limits | None = None
     ) -> Asked:
         allowed = (self._limits,) if limits is None else (self._limits, limits)
-        return asked_for(self.name, self._identity, self._spec, allowed, ids, rows, view, digest, on_missing)
+        return asked_for(self.name, self.identity, self.row_spec, allowed, ids, rows, view, digest, on_missing)
 
     def _fetch(self, asked: Asked, allocate: Allocate | None) -> tuple[dict[str, np.ndarray], str | None]:
         while True:
@@ -286,22 +310,22 @@ class LocalLabelSet:
         stored, slots, cold = self._shards.rows, place.slots, self._paging.cold
         if cold:
             self._shards.will_need("example", slots)
-        if self._spec.ragged:
+        if self.row_spec.ragged:
             first, splits = self._row_runs(asked, place)
         else:
             first, splits = place.state.layout.row_slots(slots, asked.view), None
         rows = len(slots) if splits is None else int(splits[-1])
         for limits in asked.limits:
-            limits.check(self._spec, len(slots), rows)
+            limits.check(self.row_spec, len(slots), rows)
         into = {} if allocate is None else allocate(rows, place.digest)
         if cold:
             self._shards.will_need("row", first, 1 if splits is None else np.diff(splits))
         began = time.perf_counter()
         if splits is None:
-            arrays = gather_rows(stored, self._spec, first, into)
+            arrays = gather_rows(stored, self.row_spec, first, into)
         else:
-            arrays = gather_runs(stored, self._spec, first, splits, into)
-        self._paging.note(time.perf_counter() - began, rows * self._spec.row_bytes)
+            arrays = gather_runs(stored, self.row_spec, first, splits, into)
+        self._paging.note(time.perf_counter() - began, rows * self.row_spec.row_bytes)
         inputs = slots if splits is not None else first
         arrays["fingerprint"] = stored["fingerprint"].reshape(-1).take(inputs, 0, into.get("fingerprint"), "clip")
         if splits is not None:
@@ -336,12 +360,12 @@ class LocalLabelSet:
         examples = place.state.layout.examples if place.generation is None else place.generation.examples
         return rows_missing(
             self.name,
-            self._identity.ids,
+            self.identity.ids,
             examples,
             asked=len(ids.at(slice(None))),
             unknown=ids.at(~looked.known),
             unlabelled=ids.at(unlabelled),
-            reason=f"shards withdrawn as damaged: {shown(damaged)}" if damaged else "not labelled yet",
+            reason=f"shards withdrawn as damaged: {shown(damaged)}; {AGAIN}" if damaged else NOT_YET,
         )
 
     def _how_made(self, state: State) -> "list[_Made]":

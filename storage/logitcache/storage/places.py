@@ -52,6 +52,21 @@ class Places:
         """The file whose lock makes its holder the writer."""
         return self.root / "lock"
 
+    @property
+    def recording(self) -> Path:
+        """What a recording was begun with: while it exists, the label set is being recorded."""
+        return self.root / "recording" / "recording.json"
+
+    @property
+    def recording_ids(self) -> Path:
+        """The ids of the examples that are recorded, where they are not their ordinals."""
+        return self.recording.with_name("ids")
+
+    @property
+    def recording_log(self) -> Path:
+        """The log of what was recorded."""
+        return self.recording.with_name("log")
+
     def part(self, layout: Layout, name: str, shard: int) -> Path:
         """One of the files that a shard's commit covers; see `Layout.parts`."""
         if name == TEXTS:

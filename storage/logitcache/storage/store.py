@@ -4,10 +4,11 @@ from pathlib import Path
 
 from logitcache.labels.errors import InvalidName, StorageFault, StoreNotFound
 from logitcache.labels.identity import check_name
+from logitcache.storage.places import Places
 
 
 def label_set_names(store: Path) -> list[str]:
-    """Names of the label sets of a store, sorted; folders without a zarr.json, or of another name, are passed over.
+    """Names of the label sets of a store, sorted; other folders are passed over.
 
     Raises:
         StoreNotFound: there is no such folder.
@@ -41,14 +42,14 @@ def names_in(store: Path) -> list[str]:
         StorageFault: it cannot be listed.
     """
     try:
-        return sorted(path.name for path in store.iterdir() if _legal(path.name) and _holds_a_group(path))
+        return sorted(path.name for path in store.iterdir() if _legal(path.name) and _holds_one(path))
     except OSError as error:
         raise StorageFault(f"the store {store} cannot be listed: {error.strerror}") from error
 
 
-def _holds_a_group(path: Path) -> bool:
+def _holds_one(path: Path) -> bool:
     try:
-        return (path / "zarr.json").is_file()
+        return (path / "zarr.json").is_file() or Places(path).recording.is_file()
     except OSError:
         # Not ours to enter: the lost+found of a file system, say.
         return False

@@ -17,6 +17,7 @@ import numpy as np
 
 from logitcache.labels.errors import (
     DatasetChanged,
+    IdentityChanged,
     InvalidRequest,
     NotALabelSet,
     ShardDamaged,
@@ -60,12 +61,21 @@ class LabelSetWriter:
         DiskFull, StoreNotWritable: as they say; nothing was lost.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, files: Files | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, *, files: Files | None = None, lock: WriterLock | None = None
+    ) -> None:
+        """``lock`` is that of the recording that is to become this label set, whose writer holds it; it stays held."""
         check_name(path.name)
         self.path, self._places, self._files = path, Places(path), files or Files()
         self._claim_folder()
-        self._lock = WriterLock(self._places.lock)
+        self._lock = lock or WriterLock(self._places.lock)
+        self._releases = lock is None
         try:
+            if lock is None and self._places.recording.exists():
+                raise IdentityChanged(
+                    f"{path.name!r} is being recorded by a run: use another name, or seal it first with "
+                    f"`logitcache seal {path.name}`"
+                )
             if self._places.group.exists():
                 self.layout = read_layout(path)
                 refuse_another(path.name, self.layout, layout.identity, layout.rows_per_shard)
@@ -77,7 +87,7 @@ class LabelSetWriter:
             self._stamps = Stamps(self._places.stamps)
             self._commits = self._take_up()
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     def _claim_folder(self) -> None:
@@ -87,9 +97,10 @@ class LabelSetWriter:
                 raise StoreNotFound(f"the store {store} cannot be made: {store.parent} does not exist")
             self._files.make_folder(store)
         if self.path.is_dir() and not self._places.lock.exists() and any(self.path.iterdir()):
-            if not self._places.group.exists():
+            if self._places.group.exists():
+                read_layout(self.path)
+            elif not self._places.recording.exists():
                 raise NotALabelSet(f"{self.path} holds files that logitcache did not write: use another name")
-            read_layout(self.path)
         self._files.make_folder(self.path)
 
     def _create(self) -> None:
@@ -119,12 +130,18 @@ class LabelSetWriter:
 
     def _clear_staging(self) -> None:
         self._files.make_folder(self._places.staging)
-        for path in self._places.staging.iterdir():
-            self._files.remove(path)
+        self._clear_folder(self._places.staging)
+
+    def _clear_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            for path in folder.iterdir():
+                self._files.remove(path)
 
     def _take_up(self) -> dict[int, Commit]:
         """Remove leftovers, read the commits, check what they promise."""
         self._clear_staging()
+        if not self._places.recording.exists():
+            self._clear_folder(self._places.recording.parent)  # of a recording that was sealed
         for path in self.path.glob("stamps.*.*"):
             self._files.remove(path)
         self._make_folders()
@@ -340,7 +357,8 @@ class LabelSetWriter:
 
     def close(self) -> None:
         """Let another process write; a second call does nothing."""
-        self._lock.release()
+        if self._releases:
+            self._lock.release()
 
     def __enter__(self) -> "LabelSetWriter":
         return self

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from logitcache.labels.selection.transfer import Landing, to_device
 from logitcache.labels.soft_labels import RowSpec, splits_of
-from logitcache.server.labelling.transfer import Landing, to_device
 
 CHUNK_BYTES = 128 << 20
 """What a chunk may take in memory besides the logits: its rows widened, and a scratch of the same size.

@@ -17,15 +17,25 @@ from logitcache.server.http.job_routes import jobs as job_routes
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.middleware import Observed
 from logitcache.server.http.problems import add_handlers
+from logitcache.server.http.recording_routes import recording
+from logitcache.server.http.recordings import Recordings
 from logitcache.server.http.routes import Shortcut, batches, label_sets, operations
 from logitcache.server.jobs.queue import Jobs
 
 READERS = 8
 """Threads that read label sets at once: more than processors, because some wait for a disk."""
 
+WRITERS = 4
+"""Threads that record at once: one waits for the disk while others check rows."""
 
-def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:
-    """An ASGI application that serves this catalog and runs these jobs, and closes both when it shuts down."""
+
+ROUTERS = (batches, label_sets, recording, job_routes, operations)
+
+
+def create_app(catalog: Catalog, jobs: Jobs | None = None, *, record: bool = False) -> FastAPI:
+    """An ASGI application that serves this catalog, runs these jobs, and takes what runs record if ``record`` says so;
+    it closes all of them when it shuts down.
+    """
     app = FastAPI(
         title="logitcache",
         version=version("logitcache"),
@@ -36,11 +46,13 @@ def create_app(catalog: Catalog, jobs: Jobs | None = None) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         # Not by include_router, which keeps routers nested and has each request looked up twice. The batches first.
-        routes=[route for router in (batches, label_sets, job_routes, operations) for route in router.routes],
+        routes=[route for router in ROUTERS for route in router.routes],
     )
     app.state.catalog = catalog
     app.state.jobs = jobs
+    app.state.recordings = Recordings(catalog, allowed=record)
     app.state.readers = CapacityLimiter(READERS)
+    app.state.writers = CapacityLimiter(WRITERS)
     app.state.metrics = Metrics(catalog, jobs)
     app.add_middleware(Shortcut)
     app.add_middleware(Observed, metrics=app.state.metrics)  # the outer one
@@ -56,4 +68,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     if jobs is not None:
         await run_in_threadpool(jobs.close)
+    await run_in_threadpool(app.state.recordings.close)
     await run_in_threadpool(app.state.catalog.close)

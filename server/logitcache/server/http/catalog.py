@@ -8,6 +8,7 @@ served all the same. Knows nothing of HTTP.
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from logitcache.labels.identity import check_name
 from logitcache.labels.label_set import Description, Limits
 from logitcache.server.logs import logger
 from logitcache.server.names import not_found
-from logitcache.storage import LocalLabelSet, label_set_names
+from logitcache.storage import Readable, label_set_names, open_label_set
+from logitcache.storage.places import Places
 
 LOOK_AGAIN_S = 0.5
 """How long a listing of the store is trusted."""
@@ -25,7 +27,9 @@ AWAY_S = 5.0
 """When to ask again for a store that is not there."""
 
 Manifest = tuple[int, int, int]
-"""What tells a label set from another of the same name: device, inode and time of its manifest."""
+"""What tells a label set from another of the same name: device, inode and time of its manifest, or of what its
+recording was begun with.
+"""
 
 _log = logger(__name__)
 
@@ -46,7 +50,7 @@ class Catalog:
         self._scrub_s = scrub_s
         self._limits = limits or Limits()
         self._lock = threading.Lock()
-        self._open: dict[str, tuple[Manifest | None, LocalLabelSet]] = {}
+        self._open: dict[str, tuple[Manifest | None, Readable]] = {}
         self._complained: dict[str, str] = {}
         self._names: list[str] = []
         self._looked_at = float("-inf")
@@ -60,7 +64,7 @@ class Catalog:
         with self._lock:
             return list(self._look())
 
-    def get(self, name: str) -> LocalLabelSet:
+    def get(self, name: str) -> Readable:
         """The label set of that name, opened if it was not.
 
         Raises:
@@ -78,12 +82,17 @@ class Catalog:
                 self._open[name] = (self._manifest(name), self._open_one(name))
             return self._open[name][1]
 
-    def at_hand(self, name: str) -> LocalLabelSet | None:
+    def at_hand(self, name: str) -> Readable | None:
         """The label set of that name if it is known without looking at the disk; else ask `get`."""
         opened = self._open.get(name)
         if opened is None or time.monotonic() - self._looked_at >= LOOK_AGAIN_S:
             return None
         return opened[1]
+
+    def look_again(self) -> None:
+        """Somebody in this process changed the store: believe no listing that was made before."""
+        with self._lock:  # one that is being made is waited for
+            self._looked_at = float("-inf")
 
     def descriptions(self) -> Iterator[Description]:
         """Description of each label set that can be opened; those that cannot are in the log."""
@@ -130,9 +139,9 @@ class Catalog:
         self._open[name] = (now, label_set)
         return True
 
-    def _open_one(self, name: str) -> LocalLabelSet:
+    def _open_one(self, name: str) -> Readable:
         try:
-            label_set = LocalLabelSet(
+            label_set = open_label_set(
                 self.store / name, verify=self._verify, scrub_s=self._scrub_s, limits=self._limits
             )
         except LogitcacheError as error:
@@ -146,11 +155,12 @@ class Catalog:
         self._open.pop(name)[1].close()
 
     def _manifest(self, name: str) -> Manifest | None:
-        try:
-            status = (self.store / name / "zarr.json").stat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino, status.st_mtime_ns
+        places = Places(self.store / name)
+        for path in (places.recording, places.group):
+            with suppress(OSError):
+                status = path.stat()
+                return status.st_dev, status.st_ino, status.st_mtime_ns
+        return None
 
     def _complain(self, name: str, error: LogitcacheError) -> None:
         """Log what is wrong with a label set, once until it changes."""

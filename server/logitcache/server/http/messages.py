@@ -58,7 +58,7 @@ class _FirstOnly(FailFast):
     __hash__ = object.__hash__
 
 
-_IdList = Annotated[
+IdList = Annotated[
     Annotated[list[int], _FirstOnly(), Tag("whole numbers")] | Annotated[list[str], _FirstOnly(), Tag("texts")],
     Discriminator(_kind_of_ids),
 ]
@@ -78,7 +78,7 @@ class MissingBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    ids: _IdList = Field(
+    ids: IdList = Field(
         description="Ids of the examples, all whole numbers or all texts; order and duplicates are kept.",
         examples=[[3, 1, 4], ["n0144_17", "train/7"]],
     )
@@ -170,13 +170,13 @@ def _media_range(text: str) -> tuple[str, float]:
         return name, 0.0
 
 
-async def read_body(request: Request, kind: str) -> bytes:
-    """The whole body of a request, refused as soon as it is known to be longer than its media type may be.
+async def read_body(request: Request, kind: str, most: int | None = None) -> bytes:
+    """The whole body of a request, refused as soon as it is known to be longer than its media type may be, or ``most``.
 
     Raises:
         TooManyRows: it is longer; the rest is not read, and the connection closes after the answer.
     """
-    most = MAX_REQUEST_BYTES[kind]
+    most = most or MAX_REQUEST_BYTES[kind]
     declared = dict(request.scope["headers"]).get(b"content-length", b"0")
     size = int(declared) if declared.isdigit() else 0
     parts: list[bytes] = []
@@ -208,7 +208,7 @@ def parse_fetch(body: bytes, kind: str) -> FetchRequest:
         InvalidIds, InvalidRequest: it parses and says something that cannot be.
     """
     if kind == JSON:
-        asked = _parse_json(FetchBody, body)
+        asked = parse_json(FetchBody, body)
         return FetchRequest(as_ids(asked.ids), asked.rows, asked.view, _digest(asked.digest), asked.on_missing)
     arrays, options = _parse_safetensors("fetch", body, {"rows", "view"}, {"view", "digest", "on_missing"})
     view = options.get("view", "0")
@@ -225,7 +225,7 @@ def parse_fetch(body: bytes, kind: str) -> FetchRequest:
 def parse_missing(body: bytes, kind: str) -> MissingRequest:
     """A question about ids out of a body; errors as in `parse_fetch`."""
     if kind == JSON:
-        asked = _parse_json(MissingBody, body)
+        asked = parse_json(MissingBody, body)
         return MissingRequest(as_ids(asked.ids), _digest(asked.digest))
     arrays, options = _parse_safetensors("missing", body, {"rows"}, {"digest"})
     if "rows" in arrays:
@@ -236,7 +236,8 @@ def parse_missing(body: bytes, kind: str) -> MissingRequest:
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
-def _parse_json(model: type[_Body], body: bytes) -> _Body:
+def parse_json(model: type[_Body], body: bytes) -> _Body:
+    """A JSON body as the model has it; errors as in `parse_fetch`."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

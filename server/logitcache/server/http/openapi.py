@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from logitcache.labels import label_set
 from logitcache.labels.problem import MEDIA_TYPE as PROBLEM
+from logitcache.labels.recorded import Stand
 from logitcache.server.http.messages import JSON, SAFETENSORS, FetchBody, MissingBody
 from logitcache.server.jobs.job import Asked, JobState
 
@@ -146,7 +147,13 @@ LIST_ANSWER: Responses = {200: {"model": list[Description]}}  # type: ignore[val
 
 DESCRIPTION_ANSWER: Responses = {200: {"model": Description}}
 
-JOB_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {JSON: {"schema": Asked.model_json_schema()}}}}
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """A body in JSON alone."""
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
+
+
+JOB_BODY = json_body(Asked)
 
 _LOCATION = {"Location": {"description": "Where to ask how it stands.", "schema": {"type": "string"}}}
 
@@ -154,3 +161,23 @@ JOB_ANSWER: Responses = {
     200: {"description": "The same was asked for before: this is that job.", "model": JobState, "headers": _LOCATION},
     202: {"description": "Queued.", "model": JobState, "headers": _LOCATION},
 }
+
+
+class Recorded(BaseModel):
+    """How many rows were made durable."""
+
+    rows: int
+
+
+RECORD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Safetensors with the arrays of soft labels, and one entry an example in `ids` (as in a fetch), "
+        "`view` and `step` (int64); rank, sitting and temperatures are its metadata.",
+        "content": {SAFETENSORS: _BYTES},
+    }
+}
+
+RECORD_ANSWER: Responses = {200: {"model": Recorded}}
+
+STAND_ANSWER: Responses = {200: {"model": Stand}}

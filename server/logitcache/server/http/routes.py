@@ -36,7 +36,7 @@ from logitcache.server.http.problems import problem_response
 from logitcache.server.http.record import Record
 from logitcache.server.http.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
 from logitcache.server.wording import counted
-from logitcache.storage import LocalLabelSet
+from logitcache.storage import Readable
 
 DIGEST_HEADER = "Logitcache-Digest"
 
@@ -168,17 +168,18 @@ async def _answered(
     return await to_thread.run_sync(answered, limiter=state.readers)
 
 
-def _fetch(label_set: LocalLabelSet, asked: FetchRequest, wanted: str, record: Record) -> Response:
+def _fetch(label_set: Readable, asked: FetchRequest, wanted: str, record: Record) -> Response:
     if wanted == JSON:
         soft = fetch_rows(label_set, asked.ids, **asked.options())
-        record.rows = len(soft)
+        record.rows = soft.rows_present
         return JSONResponse(rows_to_json(soft), headers=_digest(soft.digest))
     rows, digest = label_set.fetch_body(asked.ids, **asked.options())
-    record.rows = len(wire.decode_rows(rows)) if label_set.layout.ragged else len(asked.ids)
+    known = not label_set.row_spec.ragged and asked.on_missing == "error"  # without a look at the answer
+    record.rows = len(asked.ids) if known else wire.decode_rows(rows).rows_present
     return Response(rows.data, headers=_digest(digest), media_type=SAFETENSORS)
 
 
-def _missing(label_set: LocalLabelSet, asked: MissingRequest, wanted: str, _record: Record) -> Response:
+def _missing(label_set: Readable, asked: MissingRequest, wanted: str, _record: Record) -> Response:
     states = label_set.states(asked.ids, digest=asked.digest)
     if wanted == SAFETENSORS:
         return Response(wire.encode({"state": states}), media_type=SAFETENSORS)
@@ -201,7 +202,7 @@ def fetch_example(
     label_set = catalog.get(name)
     record.label_set = name
     _check_encoding(request)
-    wanted = parse_id(id, label_set.layout.identity.ids)
+    wanted = parse_id(id, label_set.identity.ids)
     soft = fetch_rows(label_set, [wanted], view=view, rows=parse_rows(rows))
     record.rows = len(soft)
     return JSONResponse(example_to_json(wanted, soft), headers=_digest(soft.digest))

@@ -14,7 +14,7 @@ from logitcache.labels.errors import InvalidIds, InvalidRequest, TooManyRows
 from logitcache.labels.ids import IdKind, as_ids
 from logitcache.labels.label_set import Limits
 from logitcache.labels.soft_labels import SoftLabels
-from logitcache.storage import LocalLabelSet
+from logitcache.storage import Readable
 
 MAX_JSON_ROWS = 1024
 """Most examples, and most rows, of one JSON answer: text takes some eight times the bytes, and is made a number at a
@@ -24,7 +24,7 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,30}")
 _RANGE = re.compile(r"([0-9]{1,18}):([0-9]{1,18})")
 
 
-def fetch_rows(label_set: LocalLabelSet, ids: Any, **options: Any) -> SoftLabels:
+def fetch_rows(label_set: Readable, ids: Any, **options: Any) -> SoftLabels:
     """Rows that one JSON answer can hold; more are refused before they are gathered.
 
     Raises:
@@ -32,7 +32,7 @@ def fetch_rows(label_set: LocalLabelSet, ids: Any, **options: Any) -> SoftLabels
     """
     ids = as_ids(ids)
     _check_size(len(ids), "ids")
-    spec = label_set.layout.row_spec
+    spec = label_set.row_spec
     limits = Limits(MAX_JSON_ROWS, spec.nbytes(MAX_JSON_ROWS, len(ids)))
     try:
         return label_set.fetch(ids, limits=limits, **options)

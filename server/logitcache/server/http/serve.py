@@ -56,12 +56,14 @@ def serve(
     scrub_hours: float = 24.0,
     log_level: Literal["debug", "info", "warning"] = "info",
     auth: Literal["none"] | None = None,
+    record: bool = False,
     config: Config | None = None,
 ) -> None:
     """Serve the label sets of a store until SIGTERM or Ctrl-C; requests under way are finished first.
 
-    With a configuration that registers teachers and datasets it runs jobs too, and makes the store's folder if there is
-    none. The options are those given here, whatever the configuration says of them. Jobs go on when it ends.
+    With a configuration that registers teachers and datasets it runs jobs too, with ``record`` it takes what runs
+    record; either makes the store's folder if there is none. The options are those given here, whatever the
+    configuration says of them. Jobs go on when it ends.
 
     Raises:
         StoreNotFound: the folder does not exist.
@@ -69,7 +71,7 @@ def serve(
         KeyboardInterrupt: ended by Ctrl-C.
     """
     runs_jobs = config is not None and bool(config.teachers and config.datasets)
-    if runs_jobs and store.parent.is_dir():
+    if (runs_jobs or record) and store.parent.is_dir():
         Files().make_folder(store)
     names = label_set_names(store)
     with listening(host, port, auth) as listener:
@@ -77,7 +79,7 @@ def serve(
         url = url_of(listener)
         catalog = Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)
         server = _Server(
-            create_app(catalog, Jobs(store, config) if config is not None and runs_jobs else None),
+            create_app(catalog, Jobs(store, config) if config is not None and runs_jobs else None, record=record),
             ready=lambda: _log.info(f"listening on {url}", url=url, store=str(store), label_sets=len(names)),
         )
         # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.

@@ -1,0 +1,258 @@
+"""A log of rows: frames that are appended whole and durably, and rows that are read from it wherever they lie.
+
+The file is an array of slots of equal size. A frame is one slot that says what follows, and a slot a row:
+
+    header   magic, number of rows, checksum, kind, rank, sitting; the rest of the slot zero
+    row      place, step, fingerprint, position; the fields of the row
+
+The checksum is XXH3-64, seeded with the header's slot number, over the header (its own field zero) and the rows: a
+frame counts whole or not at all, and at its own place alone. Frames are written one after the other, each durable
+before the next is begun, so that a crash tears the last one at most; that was not acknowledged. Knows no ids, and not
+what a frame means.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from jaxtyping import Int64, UInt8
+
+from logitcache.labels.errors import ShardDamaged, StorageFault, TooManyRows
+from logitcache.labels.soft_labels import RowSpec
+from logitcache.storage.files import Files, explained
+
+MAGIC = b"LCLOG\x00\x01\n"
+
+HEADER = np.dtype(
+    [("magic", "S8"), ("rows", "<u8"), ("checksum", "<u8"), ("kind", "<u4"), ("rank", "<u4"), ("sitting", "<u8")]
+)
+
+MOST_FRAME_ROWS = 1 << 24
+"""A header that tells more rows is none of ours."""
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    ROWS = 1
+    BEGAN = 2
+    FINISHED = 3
+    SEALING = 4
+    SEALING_PART = 5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One whole frame: its rows stand in slots from ``first`` on."""
+
+    kind: Kind
+    rank: int
+    sitting: int
+    first: int
+    rows: int
+
+
+def slot_dtype(spec: RowSpec) -> np.dtype:
+    """What a row takes in the log, for rows of this kind: whole 8-byte words, and no less than a header."""
+    fields: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]] = [
+        ("place", "<i8"),
+        ("step", "<i8"),
+        ("fingerprint", "<u8"),
+        ("position", "<u4"),
+        ("scalars", "<f4", (len(spec.columns),)),
+        *([("tokens", "<u4")] if spec.ragged else []),
+        *([("target", "<i4")] if spec.targets else []),
+        ("indices", np.dtype(spec.index_dtype).newbyteorder("<").str, (spec.k,)),
+        ("logits", np.dtype(spec.dtype).newbyteorder("<").str, (spec.k,)),
+    ]
+    packed = np.dtype(fields)
+    size = -(-max(packed.itemsize, HEADER.itemsize) // 8) * 8
+    names = packed.names or ()
+    return np.dtype(
+        {
+            "names": list(names),
+            "formats": [packed[name] for name in names],
+            "offsets": [packed.fields[name][1] for name in names] if packed.fields else [],
+            "itemsize": size,
+        }
+    )
+
+
+class Log:
+    """A log that is read: by its writer, or while another process appends. One thread at a time follows it.
+
+    Attributes:
+        end: slots of the frames that were read; what follows is not there yet, or torn.
+
+    Raises:
+        StorageFault: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.dtype = path, dtype
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise StorageFault(f"{path}: {error.strerror}", path=str(path)) from error
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Read it from its beginning again."""
+        self.end, self._last = 0, 0
+        self._last_header = b""
+        self._mapped: UInt8[np.ndarray, "slots bytes"] = np.zeros((0, self.dtype.itemsize), np.uint8)
+
+    @property
+    def is_cut(self) -> bool:
+        """The last frame that was read is not there any more: it could not be made durable, and was cut off."""
+        if not self._last_header:
+            return False
+        head = self._read(self._last, 1)
+        return head is None or head[0, : HEADER.itemsize].tobytes() != self._last_header
+
+    def follow(self) -> Iterator[tuple[Frame, np.ndarray]]:
+        """The frames that were appended since the last call, and their rows, (rows,) of the slots' dtype; ends at the
+        first that is not whole.
+        """
+        while (found := self._frame(self.end)) is not None:
+            self.end = found[0].first + found[0].rows
+            yield found
+
+    def _frame(self, at: int) -> tuple[Frame, np.ndarray] | None:
+        """The frame whose header is in this slot, if it is whole. Read and not mapped: a torn one may be cut off."""
+        head = self._read(at, 1)
+        if head is None:
+            return None
+        header = head[0, : HEADER.itemsize].view(HEADER)[0]
+        count, kind = int(header["rows"]), int(header["kind"])
+        if bytes(header["magic"]) != MAGIC or count > MOST_FRAME_ROWS or kind not in set(Kind):
+            return None
+        frame = self._read(at, 1 + count)
+        if frame is None or int(header["checksum"]) != _checksum(frame, at):
+            return None
+        rows = frame[1:].reshape(-1).view(self.dtype)
+        self._last, self._last_header = at, header.tobytes()
+        return Frame(Kind(kind), int(header["rank"]), int(header["sitting"]), at + 1, count), rows
+
+    def _read(self, at: int, slots: int) -> UInt8[np.ndarray, "slots bytes"] | None:
+        """So many slots from one on, None if the file has fewer."""
+        size, offset = slots * self.dtype.itemsize, at * self.dtype.itemsize
+        if offset + size > os.fstat(self._handle).st_size:
+            return None
+        data, done = np.empty(size, np.uint8), 0
+        with explained(self.path):
+            while done < size:
+                read = os.preadv(self._handle, [data[done:].data], offset + done)
+                if not read:
+                    return None
+                done += read
+        return data.reshape(slots, -1)
+
+    def is_torn(self) -> bool:
+        """Something follows the last whole frame.
+
+        Raises:
+            ShardDamaged: whole frames follow it, so it was changed and not torn: what was acknowledged is lost.
+        """
+        size, at = os.fstat(self._handle).st_size, self.end
+        while (head := self._read(at, 1)) is not None:
+            if at > self.end and bytes(head[0, : len(MAGIC)]) == MAGIC and self._frame(at) is not None:
+                raise ShardDamaged(
+                    f"{self.path} is damaged at byte {self.end * self.dtype.itemsize:,}: rows that were recorded there "
+                    "are lost, and others follow; restore it, or record under another name"
+                )
+            at += 1
+        return size > self.end * self.dtype.itemsize
+
+    def rows(self, slots: Int64[np.ndarray, " rows"]) -> np.ndarray:
+        """Rows in these slots, which belong to frames that were read: a copy, (rows,) of the slots' dtype."""
+        mapping = self._mapped
+        if len(mapping) < self.end:
+            # What was read once is not cut off, but see `is_cut`. An older mapping goes with its last use.
+            mapped = mmap.mmap(self._handle, self.end * self.dtype.itemsize, prot=mmap.PROT_READ)
+            # Threads may map at once: each goes on with its own, which is long enough.
+            mapping = self._mapped = np.frombuffer(mapped, np.uint8).reshape(-1, self.dtype.itemsize)
+        rows: np.ndarray = mapping.take(slots, axis=0).reshape(-1).view(self.dtype)
+        return rows
+
+    @property
+    def is_removed(self) -> bool:
+        """The file has no name any more: what stands under its name now is another one."""
+        return self._handle >= 0 and os.fstat(self._handle).st_nlink == 0
+
+    def close(self) -> None:
+        """Close the file; rows that were read stay valid."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class LogWriter:
+    """Appends frames to a log, which only its one writer changes; see `Log`.
+
+    Raises:
+        ShardDamaged: the log is damaged, and not torn at its end.
+        DiskFull, StoreNotWritable, StorageFault: it cannot be opened for writing.
+    """
+
+    def __init__(self, log: Log, files: Files) -> None:
+        """``log`` was followed to its end; what is torn behind it is cut off."""
+        self._log, self._files = log, files
+        self._handle = files.open_to_append(log.path)
+        self._broken = False
+        try:
+            if log.is_torn():
+                files.cut(self._handle, log.path, log.end * log.dtype.itemsize)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def append(self, kind: Kind, rank: int, sitting: int, rows: np.ndarray | None = None) -> None:
+        """Append a frame; when this returns it is durable.
+
+        Raises:
+            TooManyRows: more rows than a frame may have.
+            DiskFull, StoreNotWritable, StorageFault: as they say; nothing of the frame is there then.
+        """
+        log, size = self._log, self._log.dtype.itemsize
+        if self._broken:
+            raise StorageFault(f"{log.path} could not be written before: begin to record again")
+        if log.is_removed:
+            raise StorageFault(f"{log.path} was removed while rows were recorded: begin to record again")
+        count = 0 if rows is None else len(rows)
+        if count > MOST_FRAME_ROWS:
+            raise TooManyRows(f"{count:,} rows in one batch, {MOST_FRAME_ROWS:,} are recorded at once: split it")
+        frame = np.zeros((1 + count, size), np.uint8)
+        header = frame[0, : HEADER.itemsize].view(HEADER)
+        header[0] = (MAGIC, count, 0, kind, rank, sitting)
+        if rows is not None:
+            frame[1:].view(log.dtype)[:, 0] = rows
+        header["checksum"] = _checksum(frame, log.end)
+        try:
+            self._files.append(self._handle, log.path, log.end * size, frame.data)
+        except BaseException:
+            # What the disk holds now is unknown until it is cut off.
+            self._broken = True
+            self._files.cut(self._handle, log.path, log.end * size)
+            self._broken = False
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def _checksum(frame: UInt8[np.ndarray, "slots bytes"], at: int) -> int:
+    """Checksum of a frame whose header is in slot ``at``; its own field counts as zero."""
+    header = frame[0].copy()
+    header[: HEADER.itemsize].view(HEADER)["checksum"] = 0
+    state = xxhash.xxh3_64(header, seed=at)
+    state.update(frame[1:].reshape(-1).data)
+    return int(state.intdigest())

@@ -1,0 +1,369 @@
+"""The routes by which a run records, over a real socket: every answer that they give, and what others see meanwhile."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+from tests.building import reference
+from tests.server.test_cli import refused, run
+from tests.server.test_http_api import JSON, SAFETENSORS, problem_of
+
+from logitcache.labels import wire
+from logitcache.labels.errors import (
+    DigestChanged,
+    DiskFull,
+    IdentityChanged,
+    InvalidIds,
+    InvalidName,
+    InvalidRequest,
+    LabelSetNotFound,
+    LogitcacheError,
+    MalformedMessage,
+    RecorderReplaced,
+    RequestRefused,
+    RowsMissing,
+    ShapeMismatch,
+    TeacherFault,
+    TooManyRows,
+)
+from logitcache.labels.identity import Identity
+from logitcache.labels.ids import as_ids
+from logitcache.labels.label_set import Description
+from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who, recorder_id
+from logitcache.labels.soft_labels import SoftLabels
+from logitcache.server.http import openapi
+from logitcache.server.http.app import create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.messages import MAX_REQUEST_BYTES
+from logitcache.server.http.recording_routes import MOST_BYTES
+from logitcache.server.http.serve import running
+from logitcache.storage.files import Files, explained
+
+EXAMPLES, CLASSES, K = 12, 10, 3
+SOURCE = reference(1, short_by=0, k=K, classes=CLASSES, seed=4)
+RUN = "/v1/label-sets/run-1"
+
+
+def terms_of(**changes: Any) -> RecordingTerms:
+    asked: dict[str, Any] = {"recorders": 1, "examples": EXAMPLES, "ids": "ordinal", "k": K, "temperatures": (1.0, 2.0)}
+    asked |= changes
+    teacher = recorder_id("run-1", range(50), "train", "moving", "")
+    identity = Identity(teacher, asked["k"], CLASSES, asked["temperatures"], "float16", ids=asked["ids"])
+    return RecordingTerms(identity, range(50), asked["examples"], asked["recorders"])
+
+
+def body_of(ids: Any, *, step: int = 3, who: Who | None = None, ordinals: Any = None, **changes: Any) -> bytes:
+    """Rows of the reference's examples, with what a test changes."""
+    order = np.arange(len(ids)) if ordinals is None else np.asarray(ordinals)
+    arrays = SOURCE.arrays(range(EXAMPLES))
+    soft = SoftLabels(
+        indices=arrays["indices"][order],
+        logits=arrays["logits"][order],
+        logit_max=arrays["scalars"][order, 0],
+        tail_logsumexp=arrays["scalars"][order, 1:],
+        fingerprint=arrays["fingerprint"][order, 0],
+        temperatures=(1.0, 2.0),
+    )
+    for name, value in changes.items():
+        getattr(soft, name)[...] = value
+    count = len(ids)
+    rows = RecordedRows(as_ids(ids), np.zeros(count, np.int64), np.full(count, step), soft)
+    return rows.encode(who or Who(0, 1))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    store = tmp_path / "store"
+    store.mkdir()
+    return store
+
+
+@pytest.fixture
+def server(store: Path) -> Iterator[httpx.Client]:
+    with running(create_app(Catalog(store), record=True)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def stand_of(answer: httpx.Response) -> Stand:
+    """How the recording stands, after checking the answer against what the documentation says."""
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json"), answer.text
+    TypeAdapter(Stand).validate_json(answer.content)
+    return Stand.from_json(answer.json())
+
+
+def begin(
+    server: httpx.Client, *, rank: int = 0, sitting: int = 1, name: str = "run-1", **asked: Any
+) -> httpx.Response:
+    told = {"rank": rank, "sitting": sitting, "terms": terms_of(**asked).to_json()}
+    return server.put(f"/v1/label-sets/{name}/recording", json=told)
+
+
+def send(server: httpx.Client, body: bytes, name: str = "run-1") -> httpx.Response:
+    return server.post(f"/v1/label-sets/{name}/record", content=body, headers=SAFETENSORS)
+
+
+def finish(server: httpx.Client, **asked: Any) -> httpx.Response:
+    return server.post(f"{RUN}/recording/finish", json={"rank": 0, "sitting": 1} | asked)
+
+
+def sealed(server: httpx.Client, **asked: Any) -> Stand:
+    """How it stands once it is sealed; asked until then, as the documentation says."""
+    while (stand := stand_of(finish(server, **asked))).sealing:
+        continue
+    return stand
+
+
+def test_a_run_begins_records_and_finishes(server: httpx.Client) -> None:
+    assert stand_of(begin(server)) == Stand(EXAMPLES, 0, 0)
+    answer = send(server, body_of([3, 1, 4], ordinals=[3, 1, 4]))
+    assert (answer.status_code, answer.json()) == (200, {"rows": 3})
+    openapi.Recorded.model_validate(answer.json())
+    stand = stand_of(finish(server))
+    assert (stand.recorded, stand.finished, stand.missing) == (3, (0,), (0, 2, 5, 6, 7, 8, 9, 10, 11))
+    assert stand_of(begin(server, sitting=2)).finished == ()
+    send(server, body_of(range(EXAMPLES), who=Who(0, 2)))
+    stand = sealed(server, sitting=2)
+    assert stand.digest == server.get(RUN).json()["digest"]
+    assert stand_of(finish(server, sitting=2)).digest == stand.digest
+
+
+def test_a_part_is_sealed_when_it_is_said(server: httpx.Client) -> None:
+    begin(server)
+    assert stand_of(finish(server, part=True)).digest is None  # there is nothing to seal
+    send(server, body_of([3, 1]))
+    assert sealed(server, part=True).digest is not None
+    assert server.get(RUN).json()["identity"]["ids"] == "integer"
+
+
+def test_the_documentation_tells_all_three_routes_and_what_they_answer(server: httpx.Client) -> None:
+    api = server.get("/openapi.json").json()
+    base = "/v1/label-sets/{name}"
+    found = {
+        (path.removeprefix(base), method): told
+        for path, methods in api["paths"].items()
+        for method, told in methods.items()
+        if "recording" in told.get("tags", [])
+    }
+    assert set(found) == {("/recording", "put"), ("/record", "post"), ("/recording/finish", "post")}
+    for (path, _), told in found.items():
+        kind = wire.MEDIA_TYPE if path == "/record" else "application/json"
+        assert set(told["requestBody"]["content"]) == {kind}
+        assert set(told["responses"]) >= {"200", "default"}
+        assert set(told["responses"]["default"]["content"]) == {"application/problem+json"}
+        answered = told["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert answered == ("Recorded" if path == "/record" else "Stand")
+        assert answered in api["components"]["schemas"]
+    properties = found["/recording", "put"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert set(properties) == {"rank", "sitting", "terms", "ids", "like"}
+
+
+def test_bodies_as_the_schema_has_them_are_never_a_fault_of_the_server(server: httpx.Client) -> None:
+    """What a generator makes of the schema: legal in form, and most of it nonsense."""
+    begin(server)
+    nonsense = [{}, {"identity": {}}, {"identity": None, "steps": [0, 1], "examples": 1, "recorders": 1}]
+    good = terms_of().to_json()
+    wrong: dict[str, list[Any]] = {
+        "steps": [None, [], [1], ["a", "b"], [5, 2], [-1, 4], [0, 2**70], [0, 1, 2]],
+        "examples": [0, -1, 1.5, "7", 2**60, True, None],
+        "recorders": [0, 2**20, "1", None],
+        "identity": [None, [], {}, {**good["identity"], "k": 0}, {**good["identity"], "classes": 10**12}],
+    }
+    nonsense += [good | {key: value} for key, values in wrong.items() for value in values]
+    for terms in nonsense:
+        answer = server.put("/v1/label-sets/run-2/recording", json={"rank": 0, "sitting": 1, "terms": terms})
+        problem_of(answer, InvalidRequest, 422)
+    for name in ("sitting", "rank"):
+        for value in (-1, 2**63, 1.5, "1", None):
+            answer = finish(server, **{name: value})
+            assert answer.status_code in (409, 422), (name, value, answer.text)
+    assert server.get("/v1/label-sets/run-2").status_code == 404
+
+
+def test_a_server_that_does_not_record_names_the_flag(store: Path) -> None:
+    with running(create_app(Catalog(store))) as url, httpx.Client(base_url=url) as client:
+        for answer in (begin(client), send(client, body_of([1])), finish(client)):
+            assert "logitcache serve --record" in problem_of(answer, RequestRefused, 403).message
+    assert list(store.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "says"),
+    [
+        (b"", MalformedMessage, 400, ""),
+        (body_of([1])[:-1], MalformedMessage, 400, ""),
+        (wire.encode_ids(as_ids([1])), MalformedMessage, 400, "recorded rows"),
+        (body_of([12, 1]), RowsMissing, 404, "12 examples"),
+        (body_of([1], who=Who(0, 7)), RecorderReplaced, 409, "recorder 0"),
+        (body_of([1], who=Who(1, 1)), RecorderReplaced, 409, "has not begun"),
+        (body_of([1], step=50), InvalidRequest, 422, "0 to 49"),
+        (body_of(["a"]), InvalidIds, 422, "whole numbers"),
+        (body_of([1], logits=np.nan), TeacherFault, 422, "ids: 1"),
+        (body_of([1], logit_max=np.inf), TeacherFault, 422, "NaN"),
+        (body_of([1], indices=CLASSES), TeacherFault, 422, "beyond"),
+        (body_of([1], indices=2), TeacherFault, 422, "twice"),
+    ],
+)
+def test_rows_that_cannot_be_recorded_are_refused_and_nothing_of_them_is_kept(
+    server: httpx.Client, body: bytes, kind: type[LogitcacheError], status: int, says: str
+) -> None:
+    begin(server)
+    assert says in problem_of(send(server, body), kind, status).message
+    assert stand_of(finish(server)).rows == 0
+
+
+def test_rows_of_another_shape_are_refused_with_both(server: httpx.Client) -> None:
+    begin(server, k=4)
+    assert "uint16 [1, 4]" in problem_of(send(server, body_of([1])), ShapeMismatch, 422).message
+
+
+def test_what_is_not_recorded_is_not_recorded_into(server: httpx.Client) -> None:
+    for answer in (send(server, body_of([1])), finish(server)):
+        assert answer.status_code in (404, 422)
+        assert "run-1" in answer.json()["detail"]
+    problem_of(send(server, body_of([1]), "Run"), InvalidName, 422)
+    problem_of(begin(server, name="Run"), InvalidName, 422)
+
+
+def test_beginning_something_else_or_again_is_refused(server: httpx.Client) -> None:
+    begin(server, sitting=5)
+    problem_of(begin(server, sitting=4), RecorderReplaced, 409)
+    error = problem_of(begin(server, sitting=6, examples=13), IdentityChanged, 409)
+    assert "examples was 12 and is now 13" in error.message
+    problem_of(begin(server, rank=1), InvalidRequest, 422)
+    problem_of(send(server, body_of([1], who=Who(0, 4))), RecorderReplaced, 409)
+    send(server, body_of(range(EXAMPLES), who=Who(0, 5)))
+    assert sealed(server, sitting=5).digest
+    problem_of(begin(server, sitting=6), IdentityChanged, 409)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "says"),
+    [
+        ({"ids": [1, 2]}, InvalidRequest, "ids"),
+        ({"ids": list(range(12)), "like": "digits"}, InvalidRequest, "give one"),
+        ({"like": "nothing"}, LabelSetNotFound, "nothing"),
+    ],
+)
+def test_examples_that_cannot_be_are_refused(
+    server: httpx.Client, asked: Any, kind: type[LogitcacheError], says: str
+) -> None:
+    terms = terms_of(ids="integer").to_json()
+    answer = server.put(f"{RUN}/recording", json={"rank": 0, "sitting": 1, "terms": terms} | asked)
+    assert says in problem_of(answer, kind, kind.status).message
+
+
+def test_bodies_that_are_too_long_or_of_another_type_are_not_read(server: httpx.Client) -> None:
+    begin(server)
+    for method, path, kind, most in (
+        ("POST", "record", SAFETENSORS, MOST_BYTES),
+        ("POST", "recording/finish", JSON, MAX_REQUEST_BYTES["application/json"]),
+        ("PUT", "recording", JSON, MOST_BYTES),
+    ):
+        answer = server.request(method, f"{RUN}/{path}", content=bytes(most + 1), headers=kind)
+        problem_of(answer, TooManyRows, 413)
+    for path, kind in ((f"{RUN}/record", JSON), (f"{RUN}/recording/finish", SAFETENSORS)):
+        problem_of(server.post(path, content=b"{}", headers=kind), RequestRefused, 415)
+    problem_of(server.put(f"{RUN}/recording", content=b"{}", headers=SAFETENSORS), RequestRefused, 415)
+    problem_of(server.put(f"{RUN}/recording", content=b"{", headers=JSON), RequestRefused, 400)
+
+
+def test_a_full_disk_is_507_and_what_is_sent_again_is_recorded(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(server)
+
+    def full(self: Files, handle: int, path: Path, end: int, data: Any) -> None:
+        os.pwrite(handle, bytes(data)[:100], end)
+        with explained(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, "append", full)
+        problem_of(send(server, body_of([1])), DiskFull, 507)
+    assert send(server, body_of([1])).json() == {"rows": 1}
+    assert stand_of(finish(server)).rows == 1
+
+
+def test_rows_are_served_listed_and_counted_while_they_are_recorded(server: httpx.Client) -> None:
+    begin(server)
+    send(server, body_of([5, 0], ordinals=[5, 0]))
+    listed = [Description.from_json(value) for value in server.get("/v1/label-sets").json()]
+    described = Description.from_json(server.get(RUN).json())
+    openapi.Description.model_validate(server.get(RUN).json())
+    assert listed == [described]
+    assert (described.examples, described.labelled, described.rows, described.digest) == (EXAMPLES, 2, 2, None)
+    assert described.identity.teacher.name == "run-1"
+    fetched = server.post(f"{RUN}/fetch", json={"ids": [0, 5, 0]})
+    assert fetched.json()["indices"] == SOURCE.order[[0, 5, 0]].tolist()
+    assert "logitcache-digest" not in fetched.headers
+    assert server.get(f"{RUN}/examples/5").json()["indices"] == SOURCE.order[5].tolist()
+    error = problem_of(server.post(f"{RUN}/fetch", json={"ids": [0, 3, 99]}), RowsMissing, 404)
+    assert (error.details["unknown"], error.details["unlabelled"]) == ([99], [3])
+    assert "record" in error.message
+    masked = server.post(f"{RUN}/fetch", json={"ids": [3, 5], "on_missing": "mask"}).json()
+    assert masked["present"] == [False, True]
+    states = server.post(f"{RUN}/missing", json={"ids": [0, 3, 99]}).json()
+    assert (states["unknown"], states["unlabelled"]) == ([99], [3])
+    pinned = {"ids": [0], "digest": "sha256:" + "1" * 64}
+    assert "is being recorded" in problem_of(server.post(f"{RUN}/fetch", json=pinned), DigestChanged, 409).message
+    metrics = server.get("/metrics").text
+    assert 'logitcache_rows_served_total{label_set="run-1"}' in metrics
+    assert server.get("/readyz").status_code == 200
+
+
+def test_the_command_line_tells_of_a_recording_and_seals_it(store: Path) -> None:
+    with running(create_app(Catalog(store), record=True)) as url, httpx.Client(base_url=url) as client:
+        begin(client)
+        send(client, body_of([5, 0], ordinals=[5, 0]))
+        locked = refused(run("seal", "run-1", "--part", store=store))
+        assert "run-1" in locked
+    assert "run-1" in run("ls", store=store).stdout
+    page = run("info", "run-1", store=store).stdout
+    assert "it is being recorded" in page
+    assert "steps 0 to 49; train mode" in page
+    assert json.loads(run("info", "run-1", "--json", store=store).stdout)["labelled"] == 2
+    assert json.loads(run("fetch", "run-1", "5", store=store).stdout)["indices"] == [SOURCE.order[5].tolist()]
+    assert "3" in refused(run("fetch", "run-1", "3", store=store))
+    assert run("verify", "run-1", store=store).exit_code == 0
+    told = refused(run("seal", "run-1", store=store))
+    assert "10 of 12 examples" in told
+    done = run("seal", "run-1", "--part", store=store)
+    assert done.exit_code == 0, done.stderr
+    digest = json.loads(run("info", "run-1", "--json", store=store).stdout)["digest"]
+    assert digest in done.stdout
+    assert "2 examples" in done.stdout
+    assert json.loads(run("fetch", "run-1", "5", store=store).stdout)["digest"] == digest
+    assert run("verify", "run-1", store=store).exit_code == 0
+    refused(run("seal", "run-1", store=store))
+    assert "run-1" in refused(run("seal", "run-2", store=store))
+
+
+@pytest.fixture
+def again(store: Path) -> Callable[[], Any]:
+    return lambda: running(create_app(Catalog(store), record=True))
+
+
+def test_a_server_that_is_started_anew_goes_on_with_the_same_recorders(again: Callable[[], Any]) -> None:
+    with again() as url, httpx.Client(base_url=url) as client:
+        begin(client)
+        send(client, body_of(range(6)))
+    with again() as url, httpx.Client(base_url=url) as client:
+        assert send(client, body_of(range(6, 12), ordinals=range(6, 12))).json() == {"rows": 6}
+        assert sealed(client).digest is not None
+
+
+def test_several_recorders_finish_before_it_is_sealed(server: httpx.Client) -> None:
+    for rank in (0, 1):
+        begin(server, rank=rank, recorders=2)
+        send(server, body_of(range(rank, 12, 2), ordinals=range(rank, 12, 2), who=Who(rank, 1)))
+    stand = stand_of(finish(server, rank=1))
+    assert (stand.finished, stand.digest, stand.recorded) == ((1,), None, 12)
+    assert not stand.sealing
+    assert sealed(server, rank=0).digest == stand_of(finish(server, rank=1)).digest
