@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.server.conftest import write_label_set
 from tests.server.test_bill import commit_timed, timed_label_set, timed_writer
+from tests.server.test_cli import run
 from tests.server.test_operations import metric
 
 from logitcache.client import Labels, connect, with_ids
@@ -52,11 +53,23 @@ def test_attached_labels_are_on_the_bill_and_server_and_client_agree_on_what_the
         assert len([soft for _, soft in labels.attach(loader, ids=-1)]) == 20
         with httpx.Client(base_url=url) as client:
             saved = metric(client, 'logitcache_teacher_seconds_saved{label_set="timed"}')
+            took = metric(client, 'logitcache_fetch_seconds_total{label_set="timed"}')
+            passes = metric(client, 'logitcache_passes_to_pay{label_set="timed"}')
         bill = labels.stats.bill
         assert bill is not None
         assert bill.saved_s == pytest.approx(saved) == pytest.approx(20.0)
         assert bill.epochs_to_pay == pytest.approx(1, rel=0.5)
         assert str(bill) in str(labels.stats)
+        described = labels.describe().bill
+    assert bill.fetch_s is not None
+    assert 0 < took <= bill.fetch_s
+    assert bill.epochs_to_pay is not None
+    assert 1 < passes <= bill.epochs_to_pay
+    assert described is not None
+    assert (described.teacher, described.served) == (bill.teacher, bill.served)
+    assert described.fetch_s == pytest.approx(took)
+    (told,) = [line for line in run("info", "timed", store=tmp_path).stdout.splitlines() if line.startswith("bill ")]
+    assert told.removeprefix("bill").strip() == str(described)
 
 
 def test_the_time_that_a_fetch_waits_for_labels_is_not_what_fetching_takes(

@@ -2,13 +2,13 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from tests.client.rows import dense_logits, description, truncated
 
-from logitcache.labels.bill import Bill, TeacherTime, told
+from logitcache.labels.bill import MOST, Bill, Served, TeacherTime, told
 from logitcache.labels.errors import MalformedMessage
 from logitcache.labels.label_set import Description
 
@@ -52,6 +52,12 @@ def test_shards_add_up_and_those_that_tell_nothing_are_left_out() -> None:
     assert TeacherTime.summed([None]) is TeacherTime.summed([]) is None
 
 
+def test_nothing_is_counted_beyond_the_most() -> None:
+    most = Served(MOST - 1, MOST - 1.0).plus(10, 10.0)
+    assert most == Served(MOST, float(MOST)) == Served.from_json(asdict(most))
+    assert Served(1, 0.5).plus(2, 0.25) == Served(3, 0.75)
+
+
 def test_a_teacher_that_labelled_no_row_costs_nothing_a_row() -> None:
     assert TeacherTime(0.0, 0, "cpu").seconds_a_row == 0
     assert Bill(TeacherTime(0.0, 5, "cpu"), 10, 0.1).epochs_to_pay == math.inf
@@ -93,7 +99,7 @@ def test_a_time_has_the_unit_that_fits(seconds: float, words: str) -> None:
 
 
 def described() -> Description:
-    return replace(description(truncated(dense_logits(5, 10), 3)), teacher_time=TEACHER)
+    return replace(description(truncated(dense_logits(5, 10), 3)), teacher_time=TEACHER, served=Served(4500, 4.5))
 
 
 def test_a_description_tells_the_teachers_time_and_one_of_an_older_server_does_not() -> None:
@@ -103,6 +109,23 @@ def test_a_description_tells_the_teachers_time_and_one_of_an_older_server_does_n
     del value["teacher_time"]
     assert Description.from_json(value) == replace(described(), teacher_time=None)
     assert Description.from_json(value | {"teacher_time": None}).teacher_time is None
+
+
+def test_a_description_tells_what_was_served_and_one_of_an_older_server_does_not() -> None:
+    value = json.loads(json.dumps(described().to_json()))
+    assert value["served"] == {"rows": 4500, "seconds": 4.5}
+    assert Description.from_json(value) == described()
+    del value["served"]
+    assert Description.from_json(value) == replace(described(), served=None)
+    for other in ([1], "90 s", {"rows": 1}, {"rows": MOST + 1, "seconds": 1.0}, {"rows": 1, "seconds": math.nan}):
+        with pytest.raises(MalformedMessage):
+            Description.from_json(value | {"served": other})
+
+
+def test_the_bill_of_a_description_is_of_what_was_served_and_none_without_the_teachers_time() -> None:
+    assert described().bill == Bill(TEACHER, 4500, 4.5)
+    assert replace(described(), served=None).bill == Bill(TEACHER, 0, 0.0)
+    assert replace(described(), teacher_time=None).bill is None
 
 
 @pytest.mark.parametrize(

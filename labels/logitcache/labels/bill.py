@@ -55,6 +55,41 @@ class TeacherTime:
         return f"{told(self.seconds)} on {self.device} for {self.rows:,} rows, {told(self.seconds_a_row)} a row"
 
 
+MOST = 2**53
+"""Rows, and seconds, beyond which nothing is counted any more."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was fetched of a label set, and what that took.
+
+    Attributes:
+        rows: fetched, each as often as it was; those of examples that were masked are none.
+        seconds: that fetching them took.
+    """
+
+    rows: int = 0
+    seconds: float = 0.0
+
+    def plus(self, rows: int, seconds: float) -> "Served":
+        """With so much more, up to `MOST` of either."""
+        return Served(min(self.rows + rows, MOST), min(self.seconds + seconds, float(MOST)))
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Served":
+        """Read the members of this class; others are passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        rows, seconds = value["rows"], value["seconds"]
+        if type(rows) is not int or not 0 <= rows <= MOST:
+            raise ValueError(f"{rows!r:.60} is no count of rows")
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MOST:
+            raise ValueError(f"{seconds!r:.60} is no time in seconds")
+        return cls(rows, float(seconds))
+
+
 @dataclass(frozen=True)
 class Bill:
     """What was spent, saved and paid.

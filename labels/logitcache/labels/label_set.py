@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from logitcache.labels.bill import TeacherTime
+from logitcache.labels.bill import Bill, Served, TeacherTime
 from logitcache.labels.errors import MalformedMessage, TooManyRows
 from logitcache.labels.identity import Identity
 from logitcache.labels.soft_labels import RowSpec, SoftLabels
@@ -85,7 +85,8 @@ class Description:
     ``rows`` rows. ``generations`` are its complete states, the oldest first; while it is built for the first time there
     is none. ``retained_mass`` gives, for each declared temperature, the mean and the smallest probability that the
     stored k hold, over the rows labelled so far. ``teacher_time`` is what labelling those took of which that was
-    recorded; None where it was for none.
+    recorded; None where it was for none. ``served`` is what servers answered so far, and what that took them; None
+    where none has counted.
     """
 
     name: str
@@ -99,6 +100,15 @@ class Description:
     limits: Limits = field(default_factory=Limits)
     retained_mass: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_time: TeacherTime | None = None
+    served: Served | None = None
+
+    @property
+    def bill(self) -> Bill | None:
+        """What labelling took, and what servers saved and took since; None without the teacher's time."""
+        if self.teacher_time is None:
+            return None
+        served = self.served or Served()
+        return Bill(self.teacher_time, served.rows, served.seconds)
 
     @cached_property
     def row_spec(self) -> RowSpec:
@@ -126,13 +136,13 @@ class Description:
     @classmethod
     def from_json(cls, value: Any) -> "Description":
         """Read what `to_json` gave. Members that this version does not know are passed over: a newer server has more.
-        An older one has no ``teacher_time``.
+        An older one has no ``teacher_time``, and no ``served``.
 
         Raises:
             MalformedMessage: it is not a description.
         """
         try:
-            time = value.get("teacher_time")
+            time, served = value.get("teacher_time"), value.get("served")
             return cls(
                 name=_text(value["name"]),
                 identity=Identity.from_json(value["identity"]),
@@ -151,6 +161,7 @@ class Description:
                     for name, entry in value["retained_mass"].items()
                 },
                 teacher_time=None if time is None else TeacherTime.from_json(time),
+                served=None if served is None else Served.from_json(served),
             )
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise MalformedMessage(f"this is not the description of a label set: {error}") from None

@@ -90,6 +90,8 @@ def page(description: Description) -> str:
         "a fetch": _limits(description),
         "teacher time": _teacher_time(description),
     }
+    if (bill := description.bill) is not None:
+        facts["bill"] = str(bill) if bill.served else f"{bill}; no rows were served yet"
     for temperature, mass in description.retained_mass.items():
         facts[f"retained at T={temperature}"] = f"{mass['mean']:.4%} on average, {mass['min']:.4%} at least"
     width = max(map(len, facts))

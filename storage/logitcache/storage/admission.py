@@ -171,12 +171,7 @@ class Stamps:
             return
         self._changed = False
         data = json.dumps(self._known, separators=(",", ":")).encode()
-        staged = self._path.with_name(f"stamps.{os.getpid()}.{time.monotonic_ns()}")
-        with contextlib.suppress(StorageFault):
-            try:
-                files.replace(staged, self._path, data)
-            except StorageFault:
-                files.remove(staged)
+        files.replace_if_possible(self._path, data)
 
 
 def _mark(files: OpenShard, commit: Commit) -> str:

@@ -7,6 +7,7 @@ them by overriding it. Reads do not pass here. It knows nothing of label sets.
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,17 @@ class Files:
         self.fsync(staged)
         self.rename(staged, final)
         self.fsync(final.parent)
+
+    def replace_if_possible(self, final: Path, data: Bytes) -> bool:
+        """`replace` a file that nothing depends on, staged beside it; False where that is refused. Raises nothing."""
+        staged = final.with_name(f"{final.stem}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            self.replace(staged, final, data)
+        except StorageFault:
+            with contextlib.suppress(StorageFault):
+                self.remove(staged)
+            return False
+        return True
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@
     statistics/SHARD.json       retained mass, timings, settings of the run: not hashed, never needed to read rows
     staging/  quarantine/       not yet, and no longer, part of the label set
     stamps.json  lock           what was verified on this machine; who writes
+    served.json                 rows that servers answered with, and the seconds that took: for the bill alone
 
 A shard is a run of consecutive examples. It has as many example slots and row slots as every other shard, and uses the
 first of them: so an example's slot is a sum, and where a label set grew, its last shard stays as it was.

@@ -7,6 +7,7 @@ look whether a shard was withdrawn meanwhile. It imports neither the Zarr librar
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from logitcache.labels.errors import (
     DigestChanged,
     InvalidRequest,
     LabelSetNotFound,
+    LogitcacheError,
     NotALabelSet,
     RowsMissing,
     ShardDamaged,
@@ -39,6 +41,7 @@ from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.paging import Paging
 from logitcache.storage.places import Places
 from logitcache.storage.records import Commit, Generation
+from logitcache.storage.served import ServedTally
 from logitcache.storage.shards import ShardReport, Shards, Verify
 from logitcache.storage.state import State
 from logitcache.storage.statistics import RetainedMass, read_retained, read_teacher_time, summed
@@ -94,6 +97,7 @@ class LocalLabelSet:
         self._shards = Shards(Places(self.path), verify, scrub_s)
         self.identity, self.row_spec = self.layout.identity, self.layout.row_spec
         self._made: dict[int, _Made] = {}
+        self.tally = ServedTally(Places(self.path).served, self.identity)
         self._paging = Paging()
 
     @property
@@ -132,6 +136,7 @@ class LocalLabelSet:
             limits=self._limits,
             retained_mass=summed([each.retained for each in made]),
             teacher_time=TeacherTime.summed(each.teacher_time for each in made),
+            served=self.tally.so_far(),
         )
 
     def fetch(
@@ -387,8 +392,15 @@ class LocalLabelSet:
         """Hash every committed shard now; ``progress`` gets shards done and shards in all."""
         return self._shards.verify_all(progress)
 
+    def save_tally(self) -> None:
+        """Write down what a server counted in ``tally``, unless another label set stands in the folder by now."""
+        with suppress(LogitcacheError):  # the folder cannot be looked at
+            if self.tally.is_unsaved and not self.is_replaced:
+                self.tally.save()
+
     def close(self) -> None:
         """Stop verifying; arrays that were fetched are copies and stay valid."""
+        self.save_tally()
         self._shards.close()
 
 

@@ -48,6 +48,11 @@ class Places:
         return self.root / "stamps.json"
 
     @property
+    def served(self) -> Path:
+        """What servers answered, and what that took."""
+        return self.root / "served.json"
+
+    @property
     def lock(self) -> Path:
         """The file whose lock makes its holder the writer."""
         return self.root / "lock"

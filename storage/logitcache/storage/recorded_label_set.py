@@ -21,6 +21,7 @@ from logitcache.storage.gather import mark_missing, runs
 from logitcache.storage.local import LocalLabelSet
 from logitcache.storage.places import Places
 from logitcache.storage.recorded import Recorded
+from logitcache.storage.served import ServedTally
 from logitcache.storage.shards import ShardReport, Verify
 
 
@@ -44,6 +45,7 @@ class RecordedLabelSet:
         self._scrub_s, self._limits = scrub_s, limits or Limits()
         self._recorded = Recorded(self.path)
         self.identity, self.row_spec = self._recorded.terms.identity, self._recorded.spec
+        self.tally = ServedTally(None, self.identity)  # kept nowhere: no teacher's time was saved
         self._sealed: LocalLabelSet | None = None
         self._sealing = threading.Lock()
 
@@ -124,6 +126,9 @@ class RecordedLabelSet:
     def damaged(self) -> dict[int, str]:
         """Shards that are damaged: it has none before it is sealed."""
         return {} if self._sealed is None else self._sealed.damaged()
+
+    def save_tally(self) -> None:
+        """There is no bill of a recording."""
 
     def close(self) -> None:
         """Close the log; arrays that were fetched stay valid."""

@@ -109,6 +109,7 @@ class LabelSetWriter:
         places, files = self._places, self._files
         files.make_folder(places.staging)
         self._clear_staging()
+        files.remove(places.served)  # of another label set
         self._make_folders()
         for key, data in library_metadata(self.layout).items():
             final = self.path / key
@@ -142,8 +143,9 @@ class LabelSetWriter:
         self._clear_staging()
         if not self._places.recording.exists():
             self._clear_folder(self._places.recording.parent)  # of a recording that was sealed
-        for path in self.path.glob("stamps.*.*"):
-            self._files.remove(path)
+        for name in ("stamps", "served"):
+            for path in self.path.glob(f"{name}.*.*"):
+                self._files.remove(path)
         self._make_folders()
         on_disk = numbered(self._places.commits)
         self._refuse_beyond(on_disk)

@@ -4,6 +4,7 @@ It holds no state besides the catalog, the jobs and its counters, so any number 
 run is `serve`'s to say.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -28,6 +29,8 @@ READERS = 8
 WRITERS = 4
 """Threads that record at once: one waits for the disk while others check rows."""
 
+SAVE_EVERY_S = 10.0
+"""How often is written down what was served: what a crash may lose of it."""
 
 ROUTERS = (batches, label_sets, recording, job_routes, operations)
 
@@ -65,8 +68,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     jobs: Jobs | None = app.state.jobs
     if jobs is not None:
         await run_in_threadpool(jobs.start)
+    saving = asyncio.create_task(_save_tallies(app.state.catalog))
     yield
+    saving.cancel()
+    await asyncio.wait([saving])
     if jobs is not None:
         await run_in_threadpool(jobs.close)
     await run_in_threadpool(app.state.recordings.close)
     await run_in_threadpool(app.state.catalog.close)
+
+
+async def _save_tallies(catalog: Catalog) -> None:
+    while True:
+        await asyncio.sleep(SAVE_EVERY_S)
+        await run_in_threadpool(catalog.save_tallies)

@@ -102,6 +102,13 @@ class Catalog:
             except LogitcacheError as error:
                 self._complain(name, error)
 
+    def save_tallies(self) -> None:
+        """Write down what was served of each open label set, where it changed and this process may."""
+        with self._lock:
+            opened = [label_set for _, label_set in self._open.values()]
+        for label_set in opened:
+            label_set.save_tally()
+
     def close(self) -> None:
         """Close every label set. One that is asked for afterwards is opened anew."""
         with self._lock:

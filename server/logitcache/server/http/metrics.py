@@ -3,13 +3,12 @@
 Label values are bounded whatever clients send: routes are templates, methods a fixed few, label sets those that exist.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from logitcache.labels.bill import Bill
 from logitcache.labels.errors import LogitcacheError
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.record import Record
@@ -35,10 +34,16 @@ class Metrics:
         self._bytes = Counter(
             "logitcache_response_bytes", "Bytes of bodies sent", ("label_set",), registry=self.registry
         )
+        self._fetched = Counter(
+            "logitcache_fetch_seconds",
+            "Time from a fetch's arrival to its answer being given to be sent",
+            ("label_set",),
+            registry=self.registry,
+        )
         self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=self.registry)
         self._routes: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._label_sets: dict[str, tuple[Counter, Counter]] = {}
-        self.registry.register(LabelSetGauges(catalog, self._rows_served))
+        self._label_sets: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self.registry.register(LabelSetGauges(catalog))
         if jobs is not None:
             self.registry.register(JobGauges(jobs))
 
@@ -51,14 +56,12 @@ class Metrics:
         if record.code is not None:
             self._errors.labels(record.code).inc()
         if record.label_set is not None:
-            rows, sent = self._of_label_set(record.label_set)
+            rows, sent, fetched = self._of_label_set(record.label_set)
             rows.inc(record.rows)
             sent.inc(record.body_bytes)
-
-    def _rows_served(self) -> dict[str, int]:
-        """Rows sent so far, by label set."""
-        samples = (sample for metric in self._rows.collect() for sample in metric.samples)
-        return {each.labels["label_set"]: int(each.value) for each in samples if each.name.endswith("_total")}
+            if record.tally is not None and record.code is None:
+                fetched.inc(record.ready_s)
+                record.tally.count(record.rows, record.ready_s)
 
     # Finding a labelled counter costs several times what counting does.
     def _of_route(self, method: str, route: str, status: int) -> tuple[Counter, Histogram]:
@@ -67,23 +70,24 @@ class Metrics:
             self._routes[key] = self._requests.labels(*key), self._seconds.labels(route)
         return self._routes[key]
 
-    def _of_label_set(self, name: str) -> tuple[Counter, Counter]:
+    def _of_label_set(self, name: str) -> tuple[Counter, Counter, Counter]:
         if name not in self._label_sets:
-            self._label_sets[name] = self._rows.labels(name), self._bytes.labels(name)
+            found = self._rows.labels(name), self._bytes.labels(name), self._fetched.labels(name)
+            self._label_sets[name] = found
         return self._label_sets[name]
 
 
 class LabelSetGauges(Collector):
     """Gauges that are read from the label sets when Prometheus asks."""
 
-    def __init__(self, catalog: Catalog, rows_served: Callable[[], Mapping[str, int]]) -> None:
-        self._catalog, self._rows_served = catalog, rows_served
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Examples, shards and teacher time of every label set that can be opened; none without the store.
+        """Examples, shards and bill of every label set that can be opened; none without the store.
 
         What was saved is a gauge: while shards are labelled, the time of a row changes, and with it what all rows would
-        have taken.
+        have taken. It goes on after a restart, unlike the counters.
         """
         examples = GaugeMetricFamily(
             "logitcache_label_set_examples", "Examples by state", labels=("label_set", "state")
@@ -95,20 +99,25 @@ class LabelSetGauges(Collector):
         saved = GaugeMetricFamily(
             "logitcache_teacher_seconds_saved", "Time that it would have taken for the rows sent", labels=("label_set",)
         )
+        passes = GaugeMetricFamily(
+            "logitcache_passes_to_pay",
+            "Passes over all rows after which what is saved makes up for labelling and fetching",
+            labels=("label_set",),
+        )
         try:
-            served = self._rows_served()
             for label_set in self._catalog.descriptions():
                 examples.add_metric((label_set.name, "total"), label_set.examples)
                 examples.add_metric((label_set.name, "labelled"), label_set.labelled)
                 for state in ("total", "committed", "verified", "damaged"):
                     shards.add_metric((label_set.name, state), getattr(label_set.shards, state))
-                if label_set.teacher_time is not None:
-                    bill = Bill(label_set.teacher_time, served.get(label_set.name, 0))
+                if (bill := label_set.bill) is not None:
                     spent.add_metric((label_set.name,), bill.teacher.seconds)
                     saved.add_metric((label_set.name,), bill.saved_s)
+                    if bill.epochs_to_pay is not None:
+                        passes.add_metric((label_set.name,), bill.epochs_to_pay)
         except LogitcacheError:
             return
-        yield from (examples, shards, spent, saved)
+        yield from (examples, shards, spent, saved, passes)
 
 
 class JobGauges(Collector):

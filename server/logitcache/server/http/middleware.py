@@ -47,7 +47,7 @@ class Observed:
         began = time.perf_counter()
         token = REQUEST_ID.set(record.request_id)
         try:
-            await _answer(self._app, record, scope, receive, _noting(record, send))
+            await _answer(self._app, record, scope, receive, _noting(record, began, send))
         finally:
             record.seconds = time.perf_counter() - began
             record.route = _route(scope)
@@ -81,13 +81,14 @@ async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, 
         await problem_response(scope, unforeseen(record.request_id))(scope, receive, send)
 
 
-def _noting(record: Record, send: Send) -> Send:
+def _noting(record: Record, began: float, send: Send) -> Send:
     async def noting(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.answering, record.status = True, message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
         elif message["type"] == "http.response.body":
             record.body_bytes += len(message.get("body", b""))
+            record.ready_s = time.perf_counter() - began
         await send(message)
 
     return noting

@@ -8,6 +8,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from logitcache.storage.served import ServedTally
+
 _KEY = "logitcache.record"
 
 UNMATCHED = "unmatched"
@@ -18,8 +20,9 @@ UNMATCHED = "unmatched"
 class Record:
     """One request.
 
-    ``rows`` and ``label_set`` are set by routes, ``code`` and ``detail`` by the answer to an error, ``answering`` once
-    the response has begun, ``body_refused`` when the rest of the request's body will not be read.
+    ``rows`` and ``label_set`` are set by routes, and ``tally`` by those that fetch; ``code`` and ``detail`` by the
+    answer to an error, ``answering`` once the response has begun, ``body_refused`` when the rest of the request's body
+    will not be read. ``seconds`` end when the answer was sent, ``ready_s`` when the last of it was given to be sent.
     """
 
     request_id: str
@@ -27,9 +30,11 @@ class Record:
     route: str = UNMATCHED
     status: int = 500
     seconds: float = 0.0
+    ready_s: float = 0.0
     body_bytes: int = 0
     rows: int = 0
     label_set: str | None = None
+    tally: ServedTally | None = None
     code: str | None = None
     detail: str | None = None
     answering: bool = False

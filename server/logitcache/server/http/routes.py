@@ -169,6 +169,7 @@ async def _answered(
 
 
 def _fetch(label_set: Readable, asked: FetchRequest, wanted: str, record: Record) -> Response:
+    record.tally = label_set.tally
     if wanted == JSON:
         soft = fetch_rows(label_set, asked.ids, **asked.options())
         record.rows = soft.rows_present
@@ -200,7 +201,7 @@ def fetch_example(
     """
     record = Record.of(request.scope)
     label_set = catalog.get(name)
-    record.label_set = name
+    record.label_set, record.tally = name, label_set.tally
     _check_encoding(request)
     wanted = parse_id(id, label_set.identity.ids)
     soft = fetch_rows(label_set, [wanted], view=view, rows=parse_rows(rows))
