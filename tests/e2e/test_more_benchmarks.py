@@ -1,9 +1,14 @@
 """The benchmarks of steps, clients, cold pages and many shards run. No bar on their figures."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tests.e2e.test_benchmarks import figures
+from benchmarks.sequence.parts import PARTS
+from benchmarks.sequence.report import PAGE
+from tests.e2e.test_benchmarks import BENCHMARKS, figures
 
 
 @pytest.mark.parametrize("script", ["clients.py", "cold.py", "sparse.py", "step.py"])
@@ -13,3 +18,19 @@ def test_it_runs_and_tells_its_goals(tmp_path: Path, script: str) -> None:
     assert run["goals"]
     assert all(isinstance(met, bool) for met in run["goals"].values())
     assert all(goal in told for goal in run["goals"])
+
+
+def test_the_experiments_on_sequences_of_runs_run_and_go_on_where_they_were(tmp_path: Path) -> None:
+    run_again = [sys.executable, str(BENCHMARKS / "sequence_of_runs.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(run_again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = {path.name.partition("-")[0] for path in tmp_path.glob("*.json")}
+    assert parts == set(PARTS)
+    tables = (tmp_path / "tables.md").read_text()
+    named = re.findall(r"<!-- (.*?) -->\n.*?<!-- end -->", PAGE.read_text(), re.DOTALL)
+    assert named
+    assert [name for name in named if f"## {name}\n" not in tables] == []
+    next(tmp_path.glob("continual-*.json")).unlink()
+    done = subprocess.run(run_again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 replicates to run" in done.stdout
