@@ -30,8 +30,8 @@ help: ## Say what the targets do
 demo: $(INSTALLED) ## Label digits and tokens, serve the labels, train students three ways: two minutes
 	$(BIN)/logitcache demo --out $(OUT)
 
-test: $(INSTALLED) ## The tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED) ## The tests, on all cores; one after the other with PYTEST_ARGS
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--numprocesses=auto --dist=worksteal)
 
 check: $(INSTALLED) ## Format, lint, types and import contracts, as CI runs them
 	$(BIN)/ruff format --check .
@@ -43,11 +43,12 @@ format: $(INSTALLED) ## Mend what `check` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Rows a second beside what people use instead, clients at once, cold pages, many shards: eight minutes
+bench: $(INSTALLED) ## Rows a second beside what people use instead, clients at once, cold pages, many shards, recording: ten minutes
 	$(BIN)/python benchmarks/fetch.py --out $(call BENCH_RESULT,fetch).json --plot $(call BENCH_RESULT,fetch).png $(BENCH_ARGS)
 	$(BIN)/python benchmarks/clients.py --out $(call BENCH_RESULT,clients).json
 	$(BIN)/python benchmarks/cold.py --out $(call BENCH_RESULT,cold).json
 	$(BIN)/python benchmarks/sparse.py --out $(call BENCH_RESULT,sparse).json
+	$(BIN)/python benchmarks/recording.py --out $(call BENCH_RESULT,recording).json
 
 bench-long: $(INSTALLED) ## Training steps with labels over HTTP, over a slow link, and the cost of labelling: half an hour
 	$(BIN)/python benchmarks/step.py --out $(call BENCH_RESULT,step).json

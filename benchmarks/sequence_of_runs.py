@@ -113,6 +113,10 @@ def main(
 def _run_all(plan: Plan, parts: tuple[str, ...], jobs: int, out: Path) -> None:
     missing = [unit for unit in units(plan, parts) if not file_of(out, unit).exists()]
     click.echo(f"{len(missing)} replicates to run")
+    if plan.quick:
+        for unit in missing:
+            click.echo(f"{' '.join(map(str, unit))}: {run_unit(plan, unit, out):.0f} s")
+        return
     together = [unit for unit in missing if unit[0] not in ALONE]
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(jobs))
