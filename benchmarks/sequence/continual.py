@@ -133,16 +133,15 @@ class _Stage:
             batches = arms.hard(task, loader, settings.epochs)
         else:
             batches = arms.cached(task, loader, settings.epochs, labels, settings.temperature)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # of dropout
-            found = train(
-                model,
-                task.optimizer(model, 1.0),
-                batches,
-                task.forward,
-                task.evaluate,
-                look_every=max(1, settings.epochs * len(loader) // settings.evaluations),
-            )
+        found = train(
+            model,
+            task.optimizer(model, 1.0),
+            batches,
+            task.forward,
+            task.evaluate,
+            look_every=max(1, settings.epochs * len(loader) // settings.evaluations),
+            seed=self.seed,
+        )
         return model, found
 
 

@@ -109,7 +109,7 @@ def distilled(task: Task, settings: TaskPlan, data: Dataset[Any], labels: Labels
         if labels is None
         else arms.cached(task, loader, settings.epochs, labels, settings.temperature)
     )
-    return seeded(task, settings, begun(task, settings.width, seed), batches, look_every(task, settings, data), seed)
+    return trained(task, begun(task, settings.width, seed), batches, look_every(task, settings, data), seed)
 
 
 def look_every(task: Task, settings: TaskPlan, data: Dataset[Any]) -> int:
@@ -117,13 +117,10 @@ def look_every(task: Task, settings: TaskPlan, data: Dataset[Any]) -> int:
     return max(1, settings.epochs * len(task.loader(data, 0)) // settings.evaluations)
 
 
-def seeded(
-    task: Task, settings: TaskPlan, model: nn.Module, batches: Iterator[Any], look_every: int, seed: int
-) -> Trajectory:
-    """Train, with dropout that the seed alone decides."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return train(model, task.optimizer(model, 1.0), batches, task.forward, task.evaluate, look_every=look_every)
+def trained(task: Task, model: nn.Module, batches: Iterator[Any], look_every: int, seed: int) -> Trajectory:
+    """A run with the task's own rate."""
+    optimizer = task.optimizer(model, 1.0)
+    return train(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every, seed=seed)
 
 
 def entropies(logits: Tensor) -> dict[str, Any]:
@@ -169,7 +166,7 @@ def _run_1(
     early: dict[str, Tensor] = {}
     batches = arms.hard(task, loader, settings.epochs)
     batches = _copied_at(round(EARLY * settings.epochs) * len(loader), model, early, batches)
-    return model, seeded(task, settings, model, batches, look_every(task, settings, data), seed), early
+    return model, trained(task, model, batches, look_every(task, settings, data), seed), early
 
 
 def _copied_at(step: int, model: nn.Module, copy: dict[str, Tensor], batches: Iterator[Any]) -> Iterator[Any]:
@@ -198,7 +195,7 @@ def _models_of_folds(
         own_seed, shown_to_it = 1000 * seed + 100 + fold, part_of(data, ordinals)
         model = begun(task, settings.width, own_seed)
         batches = arms.hard(task, task.loader(shown_to_it, own_seed), settings.epochs)
-        runs.append(seeded(task, settings, model, batches, look_every(task, settings, shown_to_it), own_seed))
+        runs.append(trained(task, model, batches, look_every(task, settings, shown_to_it), own_seed))
         models.append(model)
     return models, runs
 

@@ -29,7 +29,7 @@ from benchmarks.sequence.labelled import Shop, live_logits
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import CONFIDENCE, SCHEDULES, Plan, schedule
 from benchmarks.sequence.tasks import Classified, Split, Task, begun
-from benchmarks.sequence.training import Loss, Quality, train
+from benchmarks.sequence.training import Loss, Quality, train_on
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -129,7 +129,7 @@ class Student:
     def train(self, steps: int) -> float:
         """Take so many steps; seconds that they took, loading included."""
         some = islice(self._batches, steps)
-        run = train(self._model, self._optimizer, some, self._task.forward, _not_looked_at, look_every=steps + 1)
+        run = train_on(self._model, self._optimizer, some, self._task.forward, _not_looked_at, look_every=steps + 1)
         if run.steps != steps:
             raise RuntimeError(f"{run.steps} steps of {steps}: the batches ended")
         return run.seconds

@@ -25,7 +25,7 @@ from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
 from benchmarks.sequence.tasks import TASKS, Task, begun, digest_of
-from benchmarks.sequence.training import Trajectory, train
+from benchmarks.sequence.training import Trajectory, train_on
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -119,7 +119,7 @@ class _Before:
 
     def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Any]) -> Trajectory:
         task, every = self._task, look_every(self._task, self._settings, self._data)
-        return train(model, optimizer, batches, task.forward, task.evaluate, look_every=every)
+        return train_on(model, optimizer, batches, task.forward, task.evaluate, look_every=every)
 
 
 def _recorder(folder: Path, run: str, task: Task, before: _Before, settings: TaskPlan) -> Recorder:

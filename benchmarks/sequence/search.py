@@ -9,7 +9,6 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-import torch
 from benchmarks.sequence import arms
 from benchmarks.sequence.intervals import mean_interval, told
 from benchmarks.sequence.labelled import Permuted, Shop
@@ -38,11 +37,9 @@ def run(plan: Plan, name: str, seed: int, shop: Shop) -> dict[str, Any]:
     look_every = max(1, steps // settings.evaluations)
 
     def trained(model: nn.Module, rate: float, batches: Batches, number: int) -> Trajectory:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(seed, number))  # of dropout: the same in all arms
-            return train(
-                model, task.optimizer(model, rate), batches, task.forward, task.evaluate, look_every=look_every
-            )
+        optimizer = task.optimizer(model, rate)
+        own_seed = _seed(seed, number)  # the same in all arms
+        return train(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every, seed=own_seed)
 
     teacher = begun(task, settings.width, seed=_seed(seed, 0))
     first = trained(teacher, 1.0, arms.hard(task, task.loader(data, _seed(seed, 0)), settings.epochs), 0)

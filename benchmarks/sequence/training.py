@@ -61,11 +61,28 @@ def train(
     evaluate: Callable[[nn.Module], Quality],
     *,
     look_every: int,
+    seed: int,
 ) -> Trajectory:
     """Take a step for each batch, and look every so many steps, at the beginning and at the end.
 
-    What the model draws, for dropout, it draws from torch's generator: a caller that wants the same run twice seeds it.
+    What is drawn from torch's generator on the way, for dropout or augmentation, the seed alone decides; the caller's
+    generator is left as it was.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return train_on(model, optimizer, batches, forward, evaluate, look_every=look_every)
+
+
+def train_on(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Any, Loss]],
+    forward: Callable[[nn.Module, Any], Tensor],
+    evaluate: Callable[[nn.Module], Quality],
+    *,
+    look_every: int,
+) -> Trajectory:
+    """The same with whatever state torch's generator has, which is drawn from."""
     run = Trajectory()
 
     def look() -> None:

@@ -17,7 +17,7 @@ from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
 from benchmarks.sequence.tasks import LanguageTask, begun
-from benchmarks.sequence.training import Trajectory, train
+from benchmarks.sequence.training import Trajectory, train_on
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -56,7 +56,7 @@ def run(plan: Plan, name: str, seed: int, shop: Shop) -> dict[str, Any]:
     def trained(model: nn.Module, batches: Iterator[Any], epochs: int) -> Trajectory:
         look_every = max(1, epochs * len(task.loader(data, 0)) // LOOKS)
         optimizer = task.optimizer(model, 1.0)
-        return train(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every)
+        return train_on(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every)
 
     teacher = begun(task, TEACHER_WIDTH, seed=teacher_seed)
     batches = arms.hard(task, task.loader(data, teacher_seed), settings.epochs)

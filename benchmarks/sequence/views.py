@@ -144,16 +144,15 @@ def _trained(
     """A model from a seed's first weights; what is drawn anew is drawn from this seed, too."""
     model = begun(task, width, seed)
     steps = epochs * len(task.loader(task.data(), seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        found = train(
-            model,
-            task.optimizer(model, 1.0),
-            batches,
-            task.forward,
-            task.evaluate,
-            look_every=max(1, steps // settings.evaluations),
-        )
+    found = train(
+        model,
+        task.optimizer(model, 1.0),
+        batches,
+        task.forward,
+        task.evaluate,
+        look_every=max(1, steps // settings.evaluations),
+        seed=seed,
+    )
     return model, found
 
 

@@ -615,3 +615,14 @@ def test_every_view_is_recorded_and_needed(tmp_path: Path) -> None:
         soft = labels.fetch([4, 4], view=[1, 0])
     assert np.array_equal(soft.indices[0], LOGITS.flip(1)[4].topk(K).indices)
     assert np.array_equal(soft.indices[1], LOGITS[4].topk(K).indices)
+
+
+def test_a_run_goes_on_though_its_clock_is_behind_that_of_the_recorder_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording(tmp_path / "run-1") as recorder:
+        recorder.add(range(18), LOGITS[:18])
+    monkeypatch.setattr("logitcache.client.recorder.time.time_ns", lambda: 1)
+    with recording(tmp_path / "run-1") as recorder:
+        recorder.add([18, 19], LOGITS[18:])
+    assert recorder.digest is not None

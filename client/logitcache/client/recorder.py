@@ -25,6 +25,7 @@ from logitcache.labels.errors import (
     Id,
     InvalidRequest,
     LogitcacheError,
+    RecorderReplaced,
     ShapeMismatch,
     StorageFault,
     Unavailable,
@@ -87,7 +88,12 @@ class Recorder:
         self._sink, self._who = sink, Who(rank, time.time_ns())
         self._buffer_bytes = buffer_bytes
         self._step = terms.steps.start
-        self._stand = sink.begin(terms, self._who, ids)
+        try:
+            self._stand = sink.begin(terms, self._who, ids)
+        except RecorderReplaced as error:
+            # The clock of whoever sat here before is ahead of ours; to begin is to take the place all the same.
+            self._who = Who(rank, int(error.details["sitting"]) + 1)
+            self._stand = sink.begin(terms, self._who, ids)
         self._pid = os.getpid()
         self._change = threading.Condition()
         self._waiting: deque[_Added] = deque()

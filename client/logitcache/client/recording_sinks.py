@@ -49,7 +49,8 @@ class LocalSink:
 
     def begin(self, terms: RecordingTerms, who: Who, ids: Ids | None) -> Stand:
         """See `Sink.begin`."""
-        self._recording = self._storage.Recording(self._path, terms, ids)
+        if self._recording is None:
+            self._recording = self._storage.Recording(self._path, terms, ids)
         self._recording.begin(who)
         return self._recording.stand()
 

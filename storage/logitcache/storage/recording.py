@@ -279,7 +279,8 @@ class Recording:
                 f"recorder {who.rank} of {self.name!r} began anew since: two record as the same one. Give each its own "
                 "rank and tell how many recorders there are, or stop the other one"
                 if known
-                else f"recorder {who.rank} of {self.name!r} has not begun"
+                else f"recorder {who.rank} of {self.name!r} has not begun",
+                sitting=known,
             )
 
     def _slots(self, rows: RecordedRows, ordinals: np.ndarray) -> np.ndarray:
