@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
+from tests.server.job_site import until
 
 from logitcache.labels.errors import RowsMissing
 from logitcache.storage import LocalLabelSet, admission, gather, local, shards
@@ -76,7 +77,7 @@ def test_damage_is_found_named_quarantined_and_repaired(
     assert caught.value.unlabelled == [inside]
     assert_rows_equal(reader.fetch([3, 2 * ROWS_PER_SHARD]), source, np.array([3, 2 * ROWS_PER_SHARD]))
     assert list(reader.damaged()) == [DAMAGED]
-    assert "shard 1" in caplog.text
+    until(lambda: "shard 1" in caplog.text, "logged")  # the thread that verifies may have found it first
     assert not (label_set / "commits" / "1.json").exists()
     [quarantined] = (label_set / "quarantine").iterdir()
     assert "shard 1" in (quarantined / "problem.txt").read_text()
