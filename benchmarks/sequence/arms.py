@@ -33,6 +33,8 @@ def live(
     teacher: nn.Module,
     temperature: float,
     schedule: Schedule | None = None,
+    *,
+    alpha: float = ALPHA,
 ) -> Iterator[tuple[Any, Loss]]:
     """The teacher's forward at each step that distils, and its divergence over all classes."""
     step = 0
@@ -46,7 +48,7 @@ def live(
             logits = live_logits(task, teacher, batch)
             yield (
                 batch,
-                partial(task.live, batch=batch, teacher=logits, temperature=temperature, alpha=weight * ALPHA),
+                partial(task.live, batch=batch, teacher=logits, temperature=temperature, alpha=weight * alpha),
             )
 
 
@@ -58,6 +60,8 @@ def cached(
     temperature: float,
     schedule: Schedule | None = None,
     tail: str = "bucket",
+    *,
+    alpha: float = ALPHA,
     **attach: Any,
 ) -> Iterator[tuple[Any, Loss]]:
     """Soft labels at each step that distils, fetched ahead over HTTP; ``attach`` are further arguments of it."""
@@ -72,5 +76,5 @@ def cached(
                 continue
             yield (
                 batch,
-                partial(task.cached, batch=batch, soft=soft, temperature=temperature, alpha=weight * ALPHA, tail=tail),
+                partial(task.cached, batch=batch, soft=soft, temperature=temperature, alpha=weight * alpha, tail=tail),
             )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from benchmarks.sequence import arms
-from benchmarks.sequence.intervals import mean_interval, told
+from benchmarks.sequence.intervals import less
 from benchmarks.sequence.labelled import Shop, live_logits
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
@@ -271,7 +271,7 @@ def _students(replicates: Sequence[dict[str, Any]]) -> str:
     headings = ["student of", "loss, less that of hard labels", "accuracy, less that of hard labels", "labels, s"]
     rows = []
     for arm, told_as in _WORDS.items():
-        pairs = [(each["runs"][arm]["looks"][-1], each["runs"]["hard"]["looks"][-1]) for each in replicates]
+        of_arm, hard = ([each["runs"][name] for each in replicates] for name in (arm, "hard"))
         spent = [
             each["label_s"][arm] + (sum(run["seconds"] for run in each["folds"]) if arm == "folds" else 0.0)
             for each in replicates
@@ -279,11 +279,9 @@ def _students(replicates: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [
                 told_as,
-                *(told(mean_interval([one[name] - other[name] for one, other in pairs]), 4) for name in _MEASURES),
+                less(of_arm, hard, "loss"),
+                less(of_arm, hard, "accuracy"),
                 f"{mean(spent):.2f}",
             ]
         )
     return table(headings, rows)
-
-
-_MEASURES = ("loss", "accuracy")

@@ -1,6 +1,7 @@
 """Means over replicates, and paired differences with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from benchmarks.sequence.plan import CONFIDENCE
@@ -20,6 +21,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
     """`mean_interval` of the differences within replicates: positive where ``values`` are larger."""
     return mean_interval([one - other for one, other in zip(values, base, strict=True)])
+
+
+def less(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], measure: str, digits: int = 4) -> str:
+    """How much more of a measure each run had at its last look than the one that it is paired with, as `told`."""
+    return told(paired([last(run)[measure] for run in runs], [last(run)[measure] for run in base]), digits)
+
+
+def last(run: Mapping[str, Any]) -> Mapping[str, float]:
+    """A trajectory's last look."""
+    look: Mapping[str, float] = run["looks"][-1]
+    return look
 
 
 def told(interval: tuple[float, float, float], digits: int = 3) -> str:

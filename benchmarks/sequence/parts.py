@@ -6,7 +6,7 @@ A part has `units`, which tells task and seed of its replicates, and `run`, whic
 
 from typing import Any, Protocol
 
-from benchmarks.sequence import continual, entropy, overhead, recorded, search, truncation, views
+from benchmarks.sequence import continual, entropy, overhead, recorded, search, truncation, tuned, tuning, views
 from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates
 from benchmarks.sequence.plan import Plan
@@ -36,6 +36,8 @@ PARTS: dict[str, Part] = {
     "truncation": truncation,
     "recorded": recorded,
     "entropy": entropy,
+    "tuning": tuning,
+    "tuned": tuned,
     "overhead": overhead,
 }
 

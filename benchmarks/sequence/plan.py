@@ -144,11 +144,78 @@ _LANGUAGE = TaskPlan(
 
 
 @dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher of the second experiment: its model's width, the epochs of its run, and the tokens it is trained on.
+
+    ``width`` and ``epochs`` are multiples of the task's, ``tokens`` of the language's: students are shown the task's
+    data in any case.
+    """
+
+    name: str
+    width: int = 1
+    epochs: float = 1
+    tokens: int = 1
+
+
+_TEACHERS = (TeacherPlan("run 1"), TeacherPlan("wide", width=4), TeacherPlan("wide and long", width=4, epochs=3))
+
+_LANGUAGE_TEACHERS = (TeacherPlan("run 1"), TeacherPlan("wide, more text", width=2, epochs=0.5, tokens=4))
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """The second experiment on a search, written down after the first had been seen: KD is given its best chance.
+
+    First weight and temperature are tuned: a student of the task's width and rate is distilled live with each, by each
+    teacher, and of each teacher those with the lowest final validation loss are taken, as a mean over the tuning's
+    seeds. Then the search is run with them, on seeds that no one has seen.
+
+    Attributes:
+        teachers: that distil. One that is not run 1 costs all that its training took.
+        alphas, temperatures: that are tried, each with each.
+        tuning_seeds, seeds: replicates of the tuning, and of the search. They begin at `TUNING_FROM` and `TUNED_FROM`.
+        arms: of each teacher; warm start is of run 1 alone.
+    """
+
+    teachers: tuple[TeacherPlan, ...]
+    alphas: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    tuning_seeds: int
+    seeds: int
+    arms: tuple[Arm, ...]
+
+
+TUNING_FROM, TUNED_FROM = 100, 10
+
+_TUNED = TunedPlan(
+    _TEACHERS,
+    alphas=(0.1, 0.3, 0.5, 0.7, 0.9),
+    temperatures=(1.0, 2.0, 4.0),
+    tuning_seeds=2,
+    seeds=8,
+    arms=(Arm("live"), Arm("cached"), Arm("cached", "first 30 %")),
+)
+
+_LANGUAGE_TUNED = TunedPlan(
+    _LANGUAGE_TEACHERS,
+    alphas=(0.3, 0.6, 0.9),
+    temperatures=(1.0, 2.0),
+    tuning_seeds=1,
+    seeds=3,
+    arms=(Arm("cached"), Arm("cached", "first 30 %")),
+)
+
+CHOSEN: dict[str, dict[str, tuple[float, float]]] = {}
+"""Weight and temperature by task and teacher, as the tuning gave them. A task that is not there is not run."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """All of it.
 
     Attributes:
         tasks: by name.
+        tuned: the second experiment, by name of the task.
         parts_of_data: that arrive one after the other, in continual retraining.
         continual_seeds, views_seeds, truncation_seeds, recording_seeds, entropy_seeds: replicates of each part.
         teacher_costs: cost of a teacher's forward, in forwards of the student.
@@ -162,6 +229,7 @@ class Plan:
     """
 
     tasks: dict[str, TaskPlan]
+    tuned: dict[str, TunedPlan]
     parts_of_data: int = 5
     continual_seeds: int = 8
     teacher_costs: tuple[int, ...] = (1, 3, 10, 30)
@@ -178,15 +246,25 @@ class Plan:
     quick: bool = False
 
 
-FULL = Plan({"digits": _DIGITS, "modules": _MODULES, "language": _LANGUAGE})
+FULL = Plan(
+    {"digits": _DIGITS, "modules": _MODULES, "language": _LANGUAGE},
+    {"digits": _TUNED, "modules": _TUNED, "language": _LANGUAGE_TUNED},
+)
 
 _FEW_ARMS = (Arm("hard"), Arm("warm"), Arm("live"), Arm("cached"), Arm("cached", "every 4th"), Arm("shuffled"))
+
+_QUICK_TUNED = replace(_TUNED, alphas=(0.5,), temperatures=(2.0,), tuning_seeds=1, seeds=1)
 
 QUICK = Plan(
     {
         "digits": replace(_DIGITS, seeds=2, epochs=2, evaluations=2, search=_DIGITS.search[:2], arms=_FEW_ARMS),
         "modules": replace(_MODULES, seeds=1, epochs=1, evaluations=2, search=_MODULES.search[:1], arms=_FEW_ARMS),
         "language": replace(_LANGUAGE, seeds=1, epochs=1, evaluations=1, search=_LANGUAGE.search[:1]),
+    },
+    {
+        "digits": _QUICK_TUNED,
+        "modules": _QUICK_TUNED,
+        "language": replace(_LANGUAGE_TUNED, alphas=(0.6,), temperatures=(1.0,), seeds=1, arms=(Arm("cached"),)),
     },
     continual_seeds=1,
     teacher_costs=(1,),

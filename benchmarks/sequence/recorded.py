@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from benchmarks.sequence import arms
 from benchmarks.sequence.entropy import CLASSIFIED, distilled, entropies, logits_of, look_every
-from benchmarks.sequence.intervals import mean_interval, told
+from benchmarks.sequence.intervals import less
 from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
@@ -197,14 +197,12 @@ def _table(replicates: Sequence[dict[str, Any]]) -> str:
     }
     rows = []
     for arm, spent in costs.items():
-        pairs = [(each["runs"][arm]["looks"][-1], each["runs"]["hard"]["looks"][-1]) for each in replicates]
+        of_arm, hard = ([each["runs"][name] for each in replicates] for name in (arm, "hard"))
         rows.append(
             [
                 {"recorded": "recorded in the last epoch", "precomputed": "precomputed by the final weights"}[arm],
-                *(
-                    told(mean_interval([one[name] - other[name] for one, other in pairs]), 4)
-                    for name in ("loss", "accuracy")
-                ),
+                less(of_arm, hard, "loss"),
+                less(of_arm, hard, "accuracy"),
                 f"{mean(next(iter(each['entropy'][arm].values()))['mean'] for each in replicates):.3f}",
                 f"{mean(spent):.2f}",
             ]

@@ -6,14 +6,15 @@ first weights and in the same order of batches. So arms differ in the arm alone,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import mean
 from typing import Any
 
 from benchmarks.sequence import arms
-from benchmarks.sequence.intervals import mean_interval, told
+from benchmarks.sequence.comparison import HEADINGS, Replicate, compared, of_arm, own_seed, target
 from benchmarks.sequence.labelled import Permuted, Shop
 from benchmarks.sequence.markdown import Replicates, table
-from benchmarks.sequence.plan import TARGET, Arm, Plan, TaskPlan, schedule
+from benchmarks.sequence.plan import Arm, Plan, TaskPlan, schedule
 from benchmarks.sequence.tasks import TASKS, Task, begun
 from benchmarks.sequence.training import Loss, Trajectory, train
 from matplotlib.figure import Figure
@@ -38,11 +39,11 @@ def run(plan: Plan, name: str, seed: int, shop: Shop) -> dict[str, Any]:
 
     def trained(model: nn.Module, rate: float, batches: Batches, number: int) -> Trajectory:
         optimizer = task.optimizer(model, rate)
-        own_seed = _seed(seed, number)  # the same in all arms
-        return train(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every, seed=own_seed)
+        its_seed = own_seed(seed, number)  # the same in all arms
+        return train(model, optimizer, batches, task.forward, task.evaluate, look_every=look_every, seed=its_seed)
 
-    teacher = begun(task, settings.width, seed=_seed(seed, 0))
-    first = trained(teacher, 1.0, arms.hard(task, task.loader(data, _seed(seed, 0)), settings.epochs), 0)
+    teacher = begun(task, settings.width, seed=own_seed(seed, 0))
+    first = trained(teacher, 1.0, arms.hard(task, task.loader(data, own_seed(seed, 0)), settings.epochs), 0)
     kept = {key: value.clone() for key, value in teacher.state_dict().items()}
     label = {"top_k": settings.top_k, "temperatures": (settings.temperature,)}
     labels = shop.label(f"search-{name}-{seed}", teacher, data, **label)
@@ -56,23 +57,18 @@ def run(plan: Plan, name: str, seed: int, shop: Shop) -> dict[str, Any]:
         for arm in settings.arms:
             if arm.source == "warm" and later.width != settings.width:
                 continue
-            model = begun(task, later.width, seed=_seed(seed, number))
+            model = begun(task, later.width, seed=own_seed(seed, number))
             if arm.source == "warm":
                 model.load_state_dict(kept)
-            loader = task.loader(data, _seed(seed, number))
-            batches = _batches(task, settings, arm, loader, teacher, labels, control, steps, _seed(seed, number))
+            loader = task.loader(data, own_seed(seed, number))
+            batches = _batches(task, settings, arm, loader, teacher, labels, control, steps, own_seed(seed, number))
             found = trained(model, later.rate, batches, number)
-            runs.append({"run": number, **asdict(later), "arm": arm.name, **_told(found)})
+            runs.append({"run": number, **asdict(later), "arm": arm.name, **asdict(found)})
     stats = {"fetched_bytes": labels.stats.bytes, "waited_ms": labels.stats.waited_ms}
     for each in (labels, control):
         if each is not None:
             each.close()
-    return {"first": _told(first), "precompute_s": precompute_s, "steps": steps, "runs": runs, **stats}
-
-
-def _seed(seed: int, number: int) -> int:
-    """Of weights, order and lots of a run of a replicate."""
-    return 1000 * seed + number
+    return {"first": asdict(first), "precompute_s": precompute_s, "steps": steps, "runs": runs, **stats}
 
 
 def _batches(
@@ -100,10 +96,6 @@ def _batches(
     return arms.hard(task, loader, settings.epochs)
 
 
-def _told(run: Trajectory) -> dict[str, Any]:
-    return {"steps": run.steps, "seconds": run.seconds, "looks": [asdict(look) for look in run.looks]}
-
-
 def tables(found: Replicates) -> dict[str, str]:
     """By task: each arm beside hard labels, paired by replicate over the runs that both have."""
     return {task: _table([unit["found"] for unit in units]) for task, units in found.items()}
@@ -118,77 +110,25 @@ def _arms(replicates: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(run["arm"] for run in replicates[0]["runs"]))
 
 
-def _of(replicate: dict[str, Any], arm: str) -> dict[int, dict[str, Any]]:
-    """Runs of an arm by their number."""
-    return {run["run"]: run for run in replicate["runs"] if run["arm"] == arm}
-
-
-def _target(replicate: dict[str, Any]) -> float:
-    loss: float = replicate["first"]["looks"][-1]["loss"]
-    return loss * TARGET
-
-
-def _to_target(run: dict[str, Any], target: float) -> dict[str, Any]:
-    """The first look that reached the target; where none did, the whole run, which is where it was cut off."""
-    for look in run["looks"]:
-        if look["loss"] <= target:
-            return {"steps": look["step"], "seconds": look["seconds"], "reached": True}
-    return {"steps": run["steps"], "seconds": run["seconds"], "reached": False}
-
-
 def _table(replicates: Sequence[dict[str, Any]]) -> str:
-    headings = [
-        "arm",
-        "validation loss, less that of hard labels",
-        "accuracy, less that of hard labels",
-        "reached run 1",
-        "steps to run 1, less those of hard labels",
-        "seconds a run",
-        "sequence to run 1, of that of hard labels",
-    ]
-    rows = []
-    for arm in _arms(replicates):
-        losses, accuracies, steps, sequences = [], [], [], []
-        reached, seconds = [], []
-        for replicate in replicates:
-            runs, hard = _of(replicate, arm), _of(replicate, "hard labels")
-            pairs = [(runs[number], hard[number]) for number in runs]
-            target = _target(replicate)
-            losses.append(mean(one["looks"][-1]["loss"] - other["looks"][-1]["loss"] for one, other in pairs))
-            accuracies.append(
-                mean(one["looks"][-1]["accuracy"] - other["looks"][-1]["accuracy"] for one, other in pairs)
-            )
-            ends = [(_to_target(one, target), _to_target(other, target)) for one, other in pairs]
-            steps.append(mean(one["steps"] - other["steps"] for one, other in ends))
-            reached += [one["reached"] for one, _ in ends]
-            seconds.append(mean(one["seconds"] for one, _ in pairs))
-            first = replicate["first"]["seconds"]
-            labelled = replicate["precompute_s"] if arm.startswith(("cached", "shuffled")) else 0.0
-            spent = first + labelled + sum(one["seconds"] for one, _ in ends)
-            sequences.append(spent / (first + sum(other["seconds"] for _, other in ends)))
-        rows.append(
-            [
-                arm,
-                told(mean_interval(losses), 4),
-                told(mean_interval(accuracies), 4),
-                f"{sum(reached)} of {len(reached)}",
-                told(mean_interval(steps), 0),
-                f"{mean(seconds):.2f}",
-                f"{mean(sequences):.2f}",
-            ]
-        )
-    return table(headings, rows)
+    def before(replicate: Replicate, arm: str) -> float:
+        labelled = arm.startswith(("cached", "shuffled"))
+        spent: float = replicate["first"]["seconds"] + (replicate["precompute_s"] if labelled else 0.0)
+        return spent
+
+    rows = [[arm, *compared(replicates, arm, partial(before, arm=arm))] for arm in _arms(replicates)]
+    return table(["arm", *HEADINGS], rows)
 
 
 def _figure(replicates: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for arm in _arms(replicates):
-        runs = [run for replicate in replicates for run in _of(replicate, arm).values()]
+        runs = [run for replicate in replicates for run in of_arm(replicate, arm).values()]
         looks = [[look["loss"] for look in run["looks"]] for run in runs]
         steps = [look["step"] for look in runs[0]["looks"]]
         axes.plot(steps, [mean(column) for column in zip(*looks, strict=True)], label=arm)
-    axes.axhline(mean(_target(replicate) for replicate in replicates), color="black", linestyle=":", label="run 1")
+    axes.axhline(mean(target(replicate) for replicate in replicates), color="black", linestyle=":", label="run 1")
     axes.set(xlabel="steps", ylabel="validation loss, mean of the later runs", yscale="log")
     axes.legend(fontsize=7)
     return figure

@@ -334,6 +334,14 @@ def _corpus() -> tuple[Examples, Examples]:
     return examples(trained), examples(held_out)
 
 
+def with_more_text(task: Task, times: int) -> Task:
+    """The same task with about so many times its tokens to train on, of the same files; once is the task itself.
+
+    They are other examples, but for a few: what the task is trained on, such a teacher has mostly not seen.
+    """
+    return task if times == 1 else LanguageTask(times * TRAINED)
+
+
 TASKS: dict[str, Callable[[], Task]] = {"digits": DigitsTask, "modules": ModulesTask, "language": LanguageTask}
 
 

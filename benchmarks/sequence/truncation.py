@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.sequence import arms
-from benchmarks.sequence.intervals import paired, told
+from benchmarks.sequence.intervals import last, less
 from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
@@ -144,23 +144,19 @@ def _table(replicates: Sequence[dict[str, Any]]) -> str:
     ]
     rows = []
     for arm, k in dict.fromkeys((run["arm"], run["k"]) for run in replicates[0]["runs"]):
-        finals = [_final(replicate, arm, k) for replicate in replicates]
-        live, hard = ([_final(replicate, name, None) for replicate in replicates] for name in ("live", "hard"))
+        runs = [_run(replicate, arm, k) for replicate in replicates]
+        live, hard = ([_run(replicate, name, None) for replicate in replicates] for name in ("live", "hard"))
         sets = [each for replicate in replicates for each in replicate["label_sets"] if each["k"] == k]
         kept = [next(iter(each["retained_mass"].values()))["mean"] for each in sets]
-
-        def less(measure: str, base: Sequence[dict[str, Any]], finals: Any = finals) -> str:
-            return told(paired([look[measure] for look in finals], [look[measure] for look in base]), 4)
-
         rows.append(
             [
                 "" if k is None else f"{k:,}",
                 {"live": "live KD, all classes", "hard": "hard labels"}.get(arm, arm),
-                f"{mean(look['loss'] for look in finals):.4f}",
-                less("loss", live),
-                less("loss", hard),
-                f"{mean(look['calibration_error'] for look in finals):.4f}",
-                less("calibration_error", live),
+                f"{mean(last(run)['loss'] for run in runs):.4f}",
+                less(runs, live, "loss"),
+                less(runs, hard, "loss"),
+                f"{mean(last(run)['calibration_error'] for run in runs):.4f}",
+                less(runs, live, "calibration_error"),
                 f"{mean(kept):.3f}" if kept else "",
                 f"{mean(each['bytes'] for each in sets) / 1e6:,.1f} MB" if sets else "",
             ]
@@ -168,10 +164,9 @@ def _table(replicates: Sequence[dict[str, Any]]) -> str:
     return table(headings, rows)
 
 
-def _final(replicate: dict[str, Any], arm: str, k: int | None) -> dict[str, Any]:
-    run = next(run for run in replicate["runs"] if (run["arm"], run["k"]) == (arm, k))
-    look: dict[str, Any] = run["looks"][-1]
-    return look
+def _run(replicate: dict[str, Any], arm: str, k: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = next(run for run in replicate["runs"] if (run["arm"], run["k"]) == (arm, k))
+    return found
 
 
 def _figure(replicates: Sequence[dict[str, Any]]) -> Figure:
@@ -180,9 +175,11 @@ def _figure(replicates: Sequence[dict[str, Any]]) -> Figure:
     for arm in dict.fromkeys(run["arm"] for run in replicates[0]["runs"]):
         kept = sorted({run["k"] for run in replicates[0]["runs"] if run["arm"] == arm and run["k"] is not None})
         if kept:
-            axes.plot(kept, [mean(_final(each, arm, k)["loss"] for each in replicates) for k in kept], "o-", label=arm)
+            axes.plot(
+                kept, [mean(last(_run(each, arm, k))["loss"] for each in replicates) for k in kept], "o-", label=arm
+            )
         else:
-            level = mean(_final(each, arm, None)["loss"] for each in replicates)
+            level = mean(last(_run(each, arm, None))["loss"] for each in replicates)
             axes.axhline(level, linestyle=":", color="black" if arm == "live" else "gray", label=arm)
     axes.set(xlabel="classes stored", ylabel="validation loss, mean of replicates", xscale="log")
     axes.legend(fontsize=8)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks.sequence import arms
-from benchmarks.sequence.intervals import paired, told
+from benchmarks.sequence.intervals import last, less
 from benchmarks.sequence.labelled import Shop
 from benchmarks.sequence.markdown import Replicates, table
 from benchmarks.sequence.plan import Plan, TaskPlan
@@ -180,18 +180,16 @@ def _table(replicates: Sequence[dict[str, Any]]) -> str:
     ]
     rows = []
     for epochs, arm in dict.fromkeys((run["epochs"], run["arm"]) for run in replicates[0]["runs"]):
-        of_arm, hard, live = (
-            [_run(replicate, epochs, name)["looks"][-1] for replicate in replicates] for name in (arm, HARD, LIVE)
-        )
+        of_arm, hard, live = ([_run(replicate, epochs, name) for replicate in replicates] for name in (arm, HARD, LIVE))
         sets = [replicate["label_sets"].get(arm) for replicate in replicates]
         rows.append(
             [
                 str(epochs),
                 arm,
-                f"{mean(look['loss'] for look in of_arm):.4f}",
-                told(paired([look["loss"] for look in of_arm], [look["loss"] for look in hard]), 4),
-                told(paired([look["loss"] for look in of_arm], [look["loss"] for look in live]), 4),
-                told(paired([look["accuracy"] for look in of_arm], [look["accuracy"] for look in hard]), 4),
+                f"{mean(last(run)['loss'] for run in of_arm):.4f}",
+                less(of_arm, hard, "loss"),
+                less(of_arm, live, "loss"),
+                less(of_arm, hard, "accuracy"),
                 f"{mean(_run(replicate, epochs, arm)['seconds'] for replicate in replicates):.1f}",
                 *(
                     ["", ""]
