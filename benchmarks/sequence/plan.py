@@ -205,7 +205,10 @@ _LANGUAGE_TUNED = TunedPlan(
     arms=(Arm("cached"), Arm("cached", "first 30 %")),
 )
 
-CHOSEN: dict[str, dict[str, tuple[float, float]]] = {}
+CHOSEN: dict[str, dict[str, tuple[float, float]]] = {
+    "digits": {"run 1": (0.1, 2.0), "wide": (0.3, 4.0), "wide and long": (0.5, 4.0)},
+    "modules": {"run 1": (0.1, 1.0), "wide": (0.7, 1.0), "wide and long": (0.9, 1.0)},
+}
 """Weight and temperature by task and teacher, as the tuning gave them. A task that is not there is not run."""
 
 
