@@ -208,6 +208,7 @@ _LANGUAGE_TUNED = TunedPlan(
 CHOSEN: dict[str, dict[str, tuple[float, float]]] = {
     "digits": {"run 1": (0.1, 2.0), "wide": (0.3, 4.0), "wide and long": (0.5, 4.0)},
     "modules": {"run 1": (0.1, 1.0), "wide": (0.7, 1.0), "wide and long": (0.9, 1.0)},
+    "language": {"run 1": (0.6, 1.0), "wide, more text": (0.9, 1.0)},
 }
 """Weight and temperature by task and teacher, as the tuning gave them. A task that is not there is not run."""
 
