@@ -20,7 +20,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench bench-long proof lock clean
+.PHONY: help demo test check format bench bench-long proof audit lock clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
@@ -57,6 +57,11 @@ bench-long: $(INSTALLED) ## Training steps with labels over HTTP, over a slow li
 	$(BIN)/python benchmarks/labelling.py --out $(call BENCH_RESULT,labelling).json
 	$(BIN)/python benchmarks/labelling.py --tokens --out $(call BENCH_RESULT,labelling-tokens).json
 
+audit: ## Look every pinned package up in the Python advisory database: needs pypi.org
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python $(PIP_INSTALL) pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 proof: $(INSTALLED) ## The tests that take minutes
 	$(BIN)/python -m pytest -m proof $(PYTEST_ARGS)
 
@@ -71,7 +76,7 @@ lock: ## Resolve the newest versions and write constraints.txt
 	rm -rf $(VENV)/lock
 
 clean: ## Remove what the targets made: the environment, tools' own files, the demo's output (label sets stay)
-	rm -rf $(VENV) $(OUT) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-audit $(OUT) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find labels storage server client tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ class Phases:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def under_way(self, told: Callable[[], str]) -> None:
         """Nothing."""
 
     def end(self) -> None:

@@ -182,6 +182,9 @@ class Clock:
     def note(self, text: str) -> None:
         """Nothing."""
 
+    def under_way(self, told: Callable[[], str]) -> None:
+        """Nothing."""
+
     def read(self) -> dict[str, float]:
         """Seconds."""
         return {"wall_s": time.perf_counter() - self._began, "cpu_s": time.process_time() - self._cpu_began}

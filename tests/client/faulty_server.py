@@ -100,7 +100,7 @@ class Exchange(BaseHTTPRequestHandler):
         """One byte at a time, with no end in sight."""
         self.send_response(200)
         self.send_header("Content-Type", wire.MEDIA_TYPE)
-        self.send_header("Content-Length", "100000")
+        self.send_header("Content-Length", "50000")
         self.end_headers()
         self._trickle(b"\x00")
 

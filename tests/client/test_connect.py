@@ -2,18 +2,19 @@
 
 import multiprocessing
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.building import build, reference
+from tests.building import build, grow, grown, reference
 from tests.client.faulty_server import Exchange, FaultyServer, busy
 from tests.client.rows import DIGEST, TEACHER, inputs_of, picked
 from torch.utils.data import DataLoader, Dataset
 
-from logitcache.client import Labels, TeacherId, connect
+from logitcache.client import Labels, TeacherId, connect, label_source
 from logitcache.client.target import HttpTarget, parse_target
 from logitcache.labels.errors import (
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from logitcache.labels.errors import (
     ShapeMismatch,
     TeacherMismatch,
 )
+from logitcache.labels.label_set import Sealed
 from logitcache.labels.soft_labels import SoftLabels
 
 
@@ -102,6 +104,39 @@ def test_a_folder_is_read_in_this_process_and_in_its_forks(tmp_path: Path, monke
             assert classes.tolist() == source.order[indices.numpy()].tolist()
 
 
+def test_the_name_alone_of_a_label_set_in_the_usual_folder_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "label-sets").mkdir()
+    build(tmp_path / "label-sets" / "digits", reference(shards=1, short_by=4000))
+    with pytest.raises(LabelSetNotFound, match=r"did you mean '.*/label-sets/digits'\?"):
+        connect("digits")
+    with pytest.raises(LabelSetNotFound) as told:
+        connect("digit")
+    assert "did you mean" not in str(told.value)
+    connect("label-sets/digits").close()
+
+
+@pytest.mark.parametrize("ids", ["ordinal", "text"])
+def test_ids_that_a_pinned_generation_does_not_have_are_told_with_the_pin(tmp_path: Path, ids: Any) -> None:
+    source = reference(1, short_by=4000, ids=ids)
+    larger = grown(source, 10)
+    build(tmp_path / "set", source)
+    with connect(tmp_path / "set") as labels:
+        pin = labels.describe().digest
+    grow(tmp_path / "set", larger)
+    with connect(tmp_path / "set", digest=pin) as labels, connect(tmp_path / "set") as newest:
+        with pytest.raises(RowsMissing, match=rf"pinned to {pin} of 96 examples: pin a newer digest") as told:
+            labels.fetch(larger.at([3, 100]))
+        assert told.value.unknown == larger.at([100])
+        assert len(newest.fetch(larger.at([3, 100]))) == 2
+        beyond = [10**6] if ids == "ordinal" else ["nobody"]
+        with pytest.raises(RowsMissing) as told:
+            newest.fetch(beyond)
+        assert "pinned" not in str(told.value)
+
+
 def test_a_folder_has_no_limit_of_ids_in_one_fetch(tmp_path: Path) -> None:
     source = reference(shards=1)
     ids = np.arange(200_000) % len(source.logits)
@@ -128,6 +163,27 @@ def test_another_digest_than_the_pinned_one_is_refused(server: FaultyServer) -> 
         server.digests.append("sha256:4")
         with pytest.raises(DigestChanged):
             labels.fetch([1])
+
+
+def test_rows_of_a_generation_that_the_server_does_not_describe_are_refused(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_source, "SEEN_BY_ALL_S", 0.05)
+    with connect(server.url) as labels:
+        server.digests.append("sha256:4")
+        with pytest.raises(DigestChanged, match=r"rows of sha256:4 .*several servers"):
+            labels.fetch([1])
+
+
+def test_a_generation_that_another_process_of_the_server_describes_a_moment_later_is_followed(
+    server: FaultyServer, soft: SoftLabels
+) -> None:
+    old, new = server.describe(), Sealed(2, len(soft), "sha256:4")
+    asked = iter([old, old])
+    server.describe = lambda: next(asked, replace(old, generations=(*old.generations, new)))  # type: ignore[method-assign]
+    with connect(server.url) as labels:
+        server.digests.append("sha256:4")
+        assert labels.fetch([1]).digest == "sha256:4"
 
 
 def test_fetch_gives_rows_and_counts_them(server: FaultyServer, soft: SoftLabels) -> None:

@@ -242,6 +242,29 @@ def test_a_server_that_is_not_there_is_named_with_what_to_check(reader: Readers,
         reader(server, timeout_s=0.3).describe()
 
 
+def test_a_port_where_nobody_listens_is_told_of_at_once_while_it_is_waited_for(
+    reader: Readers, soft: SoftLabels, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultyServer(soft) as server:
+        pass
+    with pytest.raises(DeadlineExceeded) as error:
+        reader(server, timeout_s=0.5).describe()
+    assert isinstance(error.value.__cause__, ServerUnreachable)
+    first = caplog.records[0]
+    assert first.levelno == logging.WARNING
+    assert f"cannot connect to {server.base_url}: " in first.getMessage()
+    assert "refused; is `logitcache serve` running there?; asking again in 0." in first.getMessage()
+
+
+def test_what_was_wrong_is_told_where_the_last_attempt_had_no_time(reader: Readers, server: FaultyServer) -> None:
+    label_set = reader(server, timeout_s=0.5)
+    label_set.describe()
+    server.faults.extend([busy(503, Retry_After="0"), Exchange.trickle_headers])
+    with pytest.raises(DeadlineExceeded, match=r"the last error was: .* status 503") as error:
+        label_set.fetch([5])
+    assert isinstance(error.value.__cause__, ServerBusy)
+
+
 def test_a_server_that_goes_away_and_comes_back_is_survived(reader: Readers, soft: SoftLabels) -> None:
     tried = threading.Event()
 

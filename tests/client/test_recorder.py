@@ -16,6 +16,7 @@ from tests.client.rows import dense_logits, inputs_of, truncated
 from logitcache.client import Recorder, connect, record
 from logitcache.client import recorder as recorder_module
 from logitcache.client.record import begun
+from logitcache.client.recorder import SENT_AGAIN
 from logitcache.client.recording_sinks import LocalSink
 from logitcache.labels.errors import (
     DeadlineExceeded,
@@ -147,7 +148,9 @@ def test_what_has_come_together_meanwhile_is_sent_as_one(slow: Slow) -> None:
     assert slow.sent[1].steps.tolist() == list(range(1, 20))
 
 
-@pytest.mark.parametrize("error", [DeadlineExceeded("away"), DiskFull("full")])
+@pytest.mark.parametrize(
+    "error", [DeadlineExceeded("away"), DiskFull("full"), *(kind("not the rows' fault") for kind in SENT_AGAIN[2:])]
+)
 def test_what_could_not_be_sent_is_kept_and_sent_when_it_is_flushed_again(slow: Slow, error: LogitcacheError) -> None:
     with into(slow) as recorder:
         slow.errors.append(error)

@@ -29,7 +29,8 @@ from logitcache.labels.errors import (
 from logitcache.labels.label_set import Limits
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.serve import MAX_HEAD_BYTES, running
+from logitcache.server.http.protocol import MAX_HEAD_BYTES
+from logitcache.server.http.serve import running
 
 T = TypeVar("T")
 

@@ -1,9 +1,6 @@
 """The wire: safetensors bytes that any reader reads, and refusal of everything else."""
 
-import json
-import struct
 import tracemalloc
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
+from tests.attacks.bodies import header
 
 from logitcache.labels import wire
 from logitcache.labels.errors import MalformedMessage
@@ -77,58 +75,6 @@ def test_every_array_of_a_body_of_rows_is_aligned(
     assert np.shares_memory(soft.indices, body)
     assert (soft.temperatures, soft.digest) == ((1.0, 2.0), None)
     assert (soft.present is not None) == present
-
-
-def header(entries: Any, payload: bytes = b"", length: int | None = None) -> bytes:
-    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + payload
-
-
-def one(**changes: Any) -> dict[str, Any]:
-    return {"ids": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]} | changes}
-
-
-ATTACKS = {
-    "nothing": b"",
-    "seven bytes": b"1234567",
-    "a header longer than the body": header({}, length=1 << 40),
-    "a header of 2^64 - 1 bytes": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "no JSON": header(b"{]"),
-    "JSON that is no object": header(b"[1]"),
-    "a number": header(b"3"),
-    "not UTF-8": header(b'{"\xff": 1}'),
-    "deep nesting": header(b"[" * 100_000),
-    "a name twice": header(
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
-        b"1",
-    ),
-    "an unknown dtype": header(one(dtype="F8_E4M3"), b"8bytes.."),
-    "an object dtype": header(one(dtype="O"), b"8bytes.."),
-    "a dtype that is no text": header(one(dtype=[1]), b"8bytes.."),
-    "a negative side": header(one(shape=[-1]), b"8bytes.."),
-    "a side that is a boolean": header(one(shape=[True]), b"8bytes.."),
-    "a side that is a float": header(one(shape=[1.0]), b"8bytes.."),
-    "sides whose product overflows": header(one(shape=[2**47, 2**47]), b"8bytes.."),
-    "sides whose product overflows beside one of 0": header(one(shape=[2**47, 0, 2**47], data_offsets=[0, 0])),
-    "too many sides": header(one(shape=[1] * 64), b"8bytes.."),
-    "offsets beyond the body": header(one(data_offsets=[0, 1 << 30], shape=[1 << 27]), b"8bytes.."),
-    "offsets backwards": header(one(data_offsets=[8, 0]), b"8bytes.."),
-    "offsets of another size": header(one(data_offsets=[0, 4]), b"4byt"),
-    "one offset": header(one(data_offsets=[0]), b"8bytes.."),
-    "no offsets": header({"ids": {"dtype": "I64", "shape": [1]}}, b"8bytes.."),
-    "a gap": header(one(data_offsets=[8, 16]), b"8bytes..8bytes.."),
-    "an overlap": header(one() | {"b": one()["ids"]}, b"8bytes.."),
-    "bytes left over": header(one(), b"8bytes..x"),
-    "bytes missing": header(one(), b"8byte"),
-    "metadata that are no texts": header({"__metadata__": {"a": 1}}),
-    "metadata that are a list": header({"__metadata__": ["a"]}),
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda name: name.replace(" ", "-"))
-def test_a_malformed_body_is_refused(attack: str) -> None:
-    with pytest.raises(MalformedMessage):
-        wire.parse(ATTACKS[attack])
 
 
 def test_a_body_is_read_anew_where_only_its_header_or_only_its_arrays_were_seen_before() -> None:

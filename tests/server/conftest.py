@@ -1,5 +1,7 @@
 """A small store on disk, and the real app over it on a real socket."""
 
+import io
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +13,7 @@ import pytest
 from tests.building import Reference, build, reference
 
 from logitcache.labels.identity import Identity, TeacherId
+from logitcache.server import logs
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
@@ -121,3 +124,17 @@ def shapes_store(books: Reference, photos: Reference, tmp_path_factory: pytest.T
 def shapes_server(shapes_store: Path) -> Iterator[httpx.Client]:
     with running(create_app(Catalog(shapes_store))) as url, httpx.Client(base_url=url) as client:
         yield client
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """The log as a machine reads it; loggers are given back as they were."""
+    roots = [logging.getLogger(name) for name in logs.ROOTS]
+    before = [(root.handlers[:], root.level, root.propagate) for root in roots]
+    stream = io.StringIO()
+    logs.configure(stream)
+    yield stream
+    for root, (handlers, level, propagate) in zip(roots, before, strict=True):
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        root.propagate = propagate

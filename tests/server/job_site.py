@@ -15,11 +15,16 @@ from logitcache.server.config import Config
 from logitcache.server.jobs.folder import FOLDER, read_jobs
 from logitcache.server.jobs.process import JobProcess
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 """Jobs begin processes that import torch, on machines that are shared."""
 
 CONFIG = """\
 store = "label-sets"
+
+[jobs]
+retry_after_s = 0.1
+retries = RETRIES
+keep = KEEP
 
 [teachers]
 one = {spec = "mine:one", device = "cpu"}
@@ -27,6 +32,10 @@ two = {spec = "mine:two", device = "cpu:0"}
 stubborn = {spec = "mine:stubborn", device = "cpu"}
 greedy = {spec = "mine:greedy", device = "cpu"}
 raising = {spec = "mine:raising", device = "cpu"}
+segfault = {spec = "mine:segfault", device = "cpu"}
+abort = {spec = "mine:abort", device = "cpu"}
+exits = {spec = "mine:exits", device = "cpu:0"}
+hungry = {spec = "mine:hungry"}
 nowhere = {spec = "elsewhere:teacher"}
 
 [datasets.points]
@@ -49,9 +58,9 @@ class Site:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path, examples: int = 9000) -> "Site":
+    def make(cls, folder: Path, examples: int = 9000, *, retries: int = 2, keep: int = 1000) -> "Site":
         shutil.copy(job_specimens.__file__, folder / "mine.py")
-        (folder / "logitcache.toml").write_text(CONFIG)
+        (folder / "logitcache.toml").write_text(CONFIG.replace("RETRIES", str(retries)).replace("KEEP", str(keep)))
         (folder / "examples").write_text(str(examples))
         (folder / "label-sets").mkdir()
         return cls(folder)
@@ -114,7 +123,7 @@ class Asker:
         return dict(answer.json())
 
     def cancel(self, id: str) -> dict[str, Any]:
-        answer = self.http.post(f"/v1/jobs/{id}/cancel")
+        answer = self.http.post(f"/v1/jobs/{id}/cancel", json={})
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 

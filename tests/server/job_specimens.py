@@ -4,7 +4,9 @@ Files in the working folder tell a teacher what to do when it comes to the secon
 waits, and says so with ``held-NAME``. ``examples`` holds the dataset's size.
 """
 
+import ctypes
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -41,6 +43,18 @@ class Teacher(torch.nn.Module):
             while not Path("label-sets/greedy/commits/0.json").exists():
                 time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.name == "segfault" and hold.exists():
+            ctypes.string_at(0)
+        if self.name == "abort":
+            os.abort()
+        if self.name == "exits":
+            os._exit(3)
+        if self.name == "hungry":
+            resource.setrlimit(resource.RLIMIT_AS, (0, resource.RLIM_INFINITY))
+            try:
+                bytearray(1 << 30)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if self.name == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if hold.exists():
@@ -67,6 +81,22 @@ def greedy() -> Teacher:
 
 def raising() -> Teacher:
     return Teacher("raising")
+
+
+def segfault() -> Teacher:
+    return Teacher("segfault")
+
+
+def abort() -> Teacher:
+    return Teacher("abort")
+
+
+def exits() -> Teacher:
+    return Teacher("exits")
+
+
+def hungry() -> Teacher:
+    return Teacher("hungry")
 
 
 class Points(torch.utils.data.Dataset[torch.Tensor]):

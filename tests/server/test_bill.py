@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -500,3 +501,17 @@ def test_the_server_describes_it(timed: httpx.Client) -> None:
     assert answer["teacher_time"] == {"seconds": 16.384, "rows": 8192, "device": "some GPU"}
     assert answer["served"] is None
     assert timed.get("/v1/label-sets/digits").json()["teacher_time"] is None
+
+
+def test_servers_that_share_a_store_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "served.json"
+    tallies = [ServedTally(path, IDENTITY) for _ in range(4)]
+
+    def counted(tally: ServedTally) -> None:
+        for _ in range(50):
+            tally.count(2, 0.25)
+            tally.save()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(counted, tallies))
+    assert {each.so_far() for each in tallies} == {Served(400, 50.0)}

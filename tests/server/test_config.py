@@ -23,7 +23,14 @@ verify = "background"
 scrub_hours = 1
 log_level = "debug"
 auth = "none"
+allow_host = ["labels.example.org"]
 record = true
+workers = 2
+
+[jobs]
+retries = 1
+retry_after_s = 2
+keep = 10
 
 [teachers.resnet]
 spec = "my_models:resnet"
@@ -60,8 +67,11 @@ def test_everything_that_it_says_is_read(tmp_path: Path) -> None:
         "scrub_hours": 1.0,
         "log_level": "debug",
         "auth": "none",
+        "allow_host": ["labels.example.org"],
         "record": True,
+        "workers": 2,
     }
+    assert dict(config.jobs) == {"retries": 1, "retry_after_s": 2.0, "keep": 10}
     assert config.teachers["resnet"].device == "cuda:0"
     assert config.teachers["bert.large"].device is None
     assert (config.datasets["train"].spec, config.datasets["train"].loader_workers) == ("my_data:train", 4)
@@ -93,7 +103,7 @@ def test_an_empty_file_registers_nothing_and_keeps_every_default(tmp_path: Path)
         ('[teachers.r]\n# its weights\nspce = "a:b"\n', 3, "'teachers.r.spce'", "did you mean 'spec'"),
         ("[server]\nhost = '::1'\nprot = 8000\n", 3, "'server.prot'", "did you mean 'port'"),
         ('[datasets.d]\nspec = "a:b"\nworkers = 2', 3, "'datasets.d.workers'", "'loader_workers'"),
-        ("zzz = 1", 1, "'zzz'", "there is 'store', 'server', 'teachers' and 1 more"),
+        ("zzz = 1", 1, "'zzz'", "there is 'store', 'server', 'jobs' and 2 more"),
         ("server.port = 1\nserver.hots = 'a'", 2, "'server.hots'", "'host'"),
         ("store = 'x'\n_env_file = '/etc/passwd'", 2, "'_env_file'", "'store'"),
         ("[teachers]\nr = {spec = 'a:b', devcie = 'cpu'}", 2, "'teachers.r.devcie'", "'device'"),

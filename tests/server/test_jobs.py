@@ -3,24 +3,26 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.server.job_site import CONFIG, Asker, Site, until
+from tests.server.job_site import Asker, Site, until
 
-from logitcache.labels.errors import JobNotFound, Unavailable
+from logitcache.labels.errors import JobNotFound, StorageFault, Unavailable
 from logitcache.server.config import Config
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
 from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
-from logitcache.server.jobs.job import Asked, Job, ProcessId
+from logitcache.server.jobs.job import Asked, Job, JobDetail, ProcessId
 from logitcache.server.jobs.process import COMMAND, _began
 from logitcache.server.jobs.queue import MOST_LISTED, Jobs
 from logitcache.storage import LocalLabelSet
+from logitcache.storage.lock import WriterLock
 
 GRACE_S = 0.5
 
@@ -64,7 +66,7 @@ def asker(site: Site) -> Iterator[Asker]:
 @pytest.fixture(autouse=True)
 def _nothing_is_held(site: Site) -> Iterator[None]:
     yield
-    for teacher in ("one", "two", "stubborn", "greedy"):
+    for teacher in ("one", "two", "stubborn", "greedy", "segfault"):
         site.release(teacher)
 
 
@@ -164,23 +166,88 @@ def test_a_process_that_does_not_stop_is_killed_after_its_grace(asker: Asker, si
     id = asker.ask("stubborn", "stubborn")
     site.until_held("stubborn")
     asker.cancel(id)
-    assert asker.until_ended(id)["state"] == "cancelled"
+    killed = asker.until_ended(id)
+    assert (killed["state"], [tried["signal"] for tried in killed["attempts"]]) == ("cancelled", ["SIGKILL"])
     assert site.shards("stubborn") == 1
 
 
-def test_killed_as_when_memory_runs_out_it_says_so_and_goes_on_when_asked_again(asker: Asker, site: Site) -> None:
+def test_killed_as_when_memory_runs_out_it_is_tried_again_a_few_times_and_goes_on_when_asked_again(
+    asker: Asker, site: Site
+) -> None:
     site.hold("greedy")
     id = asker.ask("greedy", "greedy")
     killed = asker.until_ended(id)
     assert (killed["state"], killed["error"]["code"]) == ("failed", "job-killed")
     assert "memory" in killed["error"]["message"]
-    assert killed["log"] == ["labelling greedy: 9,000 rows"]
+    # The first attempt committed a shard, and two more did not.
+    attempts = [(tried["attempt"], tried["state"], tried["signal"]) for tried in killed["attempts"]]
+    assert attempts == [(number, "failed", "SIGKILL") for number in (1, 2, 3)]
+    assert "while labelling examples 4,096 to 4,351" in killed["attempts"][0]["error"]["message"]
+    assert killed["log"][:2] == ["labelling greedy: 9,000 rows", "--- attempt 2"]
     assert site.shards("greedy") == 1
     site.release("greedy")
     assert asker.ask("greedy", "greedy") == id
     resumed = asker.until_ended(id)
     whole = asker.until_ended(asker.ask("never-killed", "greedy"))
     assert (resumed["state"], resumed["error"], resumed["digest"]) == ("succeeded", None, whole["digest"])
+    assert [tried["state"] for tried in resumed["attempts"]] == ["failed"] * 3 + ["succeeded"]
+
+
+def test_a_process_that_crashes_once_is_tried_again_and_its_job_succeeds(asker: Asker, site: Site) -> None:
+    site.hold("segfault")
+    id = asker.ask("crashing", "segfault")
+    until(lambda: bool(asker.job(id)["attempts"]), "the first attempt to crash")
+    site.release("segfault")
+    job = asker.until_ended(id)
+    assert (job["state"], job["error"]) == ("succeeded", None)
+    first, *_, last = job["attempts"]
+    assert (first["state"], first["signal"], last["state"]) == ("failed", "SIGSEGV", "succeeded")
+    assert "SIGSEGV while labelling examples 4,096 to 4,351" in first["error"]["message"]
+
+
+ENDS = {
+    "segfault": ("job-killed", "SIGSEGV", "ended by SIGSEGV while labelling examples 4,096 to 4,351"),
+    "abort": ("job-killed", "SIGABRT", "ended by SIGABRT while labelling examples 4,096 to 4,351"),
+    "exits": ("job-killed", None, "exit code 3 while labelling examples 4,096 to 4,351 and did not say why"),
+    "hungry": ("teacher-fault", None, "raised MemoryError on examples 4,096 to 4,351"),
+}
+"""By teacher: the code of the job's error, the signal that ended its process, and what is said of it."""
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[JobDetail, str]]:
+    """Jobs that were tried once, by teacher, and what their folders hold for whoever runs the server."""
+    site = Site.make(tmp_path_factory.mktemp("crashed"), retries=0)
+    site.hold("segfault")
+    ids = {teacher: written(site, teacher, teacher).id for teacher in ENDS}
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: all(jobs.get(id).ended for id in ids.values()), "all to end")
+        return {
+            teacher: (jobs.get(id), (site.store / ".jobs" / id / "traceback.txt").read_text())
+            for teacher, id in ids.items()
+        }
+
+
+@pytest.mark.parametrize("teacher", ENDS)
+def test_however_a_process_ends_the_job_says_how_and_with_its_last_lines(
+    crashed: dict[str, tuple[JobDetail, str]], teacher: str
+) -> None:
+    job, _ = crashed[teacher]
+    code, signal, told = ENDS[teacher]
+    assert job.error is not None
+    assert (job.state, job.error.code, [tried.signal for tried in job.attempts]) == ("failed", code, [signal])
+    assert told in job.error.message
+    assert job.log[0] == f"labelling {teacher}: 9,000 rows"
+
+
+@pytest.mark.parametrize("teacher", ["segfault", "abort", "hungry"])
+def test_where_it_ended_is_written_down_for_whoever_runs_the_server_and_not_told(
+    crashed: dict[str, tuple[JobDetail, str]], teacher: str
+) -> None:
+    job, trace = crashed[teacher]
+    assert "at_the_second_shard" in trace
+    for hidden in ("Traceback", "at_the_second_shard", "/"):
+        assert hidden not in job.model_dump_json(include={"error", "log", "attempts"}).replace("rows/s", "")
 
 
 def test_a_teacher_that_raises_is_the_jobs_error(asker: Asker, site: Site) -> None:
@@ -253,7 +320,7 @@ def test_a_body_that_is_not_a_request_is_a_problem(asker: Asker, content: bytes,
 
 @pytest.mark.parametrize("id", ["0123456789abcdef", "lock", "..%2Flock", "%00", "x" * 1000])
 def test_an_id_of_no_job_is_not_found(asker: Asker, id: str) -> None:
-    for answer in (asker.http.get(f"/v1/jobs/{id}"), asker.http.post(f"/v1/jobs/{id}/cancel")):
+    for answer in (asker.http.get(f"/v1/jobs/{id}"), asker.http.post(f"/v1/jobs/{id}/cancel", json={})):
         assert answer.status_code == 404
         assert answer.json()["code"] in ("job-not-found", "request-refused")
 
@@ -264,38 +331,121 @@ def test_without_a_configuration_the_routes_say_how_to_give_one(server: httpx.Cl
         assert "logitcache serve --config" in answer.json()["detail"]
 
 
-def test_a_second_server_tells_how_jobs_stand_and_takes_over_when_the_first_is_gone(tmp_path: Path) -> None:
-    site = Site.make(tmp_path)
-    asked = Asked(label_set="a", teacher="one", dataset="points", top_k=3)
-    first, second = Jobs(site.store, site.config), Jobs(site.store, site.config)
-    first.start()
-    second.start()
+@contextmanager
+def servers(site: Site, count: int) -> Iterator[list[Jobs]]:
+    """So many on one store; the first runs its jobs."""
+    started: list[Jobs] = []
     try:
-        job, queued = first.ask(asked)
-        assert queued
-        assert second.get(job.id).request == job.request
-        assert [known.id for known in second.newest()] == [job.id]
-        with pytest.raises(Unavailable, match="another server"):
-            second.ask(asked)
-        with pytest.raises(Unavailable, match="another server"):
-            second.cancel(job.id)
-        first.cancel(job.id)
-        until(lambda: first.get(job.id).state == "cancelled", "the job to be cancelled")
+        for _ in range(count):
+            started.append(Jobs(site.store, site.config, grace_s=GRACE_S))
+            started[-1].start()
+        yield started
+    finally:
+        for jobs in started:
+            jobs.close()
+        site.clear_away()
+
+
+def test_what_another_server_of_the_store_is_asked_the_one_that_runs_the_jobs_does(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    site.hold("one")
+    asked = Asked(label_set="a", teacher="one", dataset="points", top_k=3, rows_per_shard=4096)
+    with servers(site, 2) as (first, second):
+        job, queued = second.ask(asked)
+        assert (job.state, queued) == ("queued", True)
+        for jobs in (first, second):
+            # Both know it at once, though none may have begun it.
+            assert jobs.get(job.id).request == job.request
+            assert [known.id for known in jobs.newest()] == [job.id]
+            assert sum(jobs.counts().values()) == 1
+            assert not jobs.ask(asked)[1]
+        site.until_held("one")
+        assert second.get(job.id).state == first.get(job.id).state == "running"
+        assert second.cancel(job.id).stop_asked is not None
+        assert first.get(job.id).stop_asked is not None
+        until(lambda: second.get(job.id).state == "cancelled", "the job to be cancelled")
+        assert list((site.store / ".jobs" / "inbox").iterdir()) == []
+        assert second.ask(asked)[1]
+        assert second.cancel(job.id).state in ("cancelled", "running")
+        until(lambda: first.get(job.id).state == "cancelled", "the second attempt to be cancelled")
+        # Closing, the first leaves a wish that came too late for it to the next.
         first.close()
-
-        def mine() -> bool:
-            try:
-                return second.ask(asked)[1]
-            except Unavailable:
-                return False
-
-        until(mine, "the second server to take over")
+        assert second.ask(asked)[1]
+        until(lambda: second.get(job.id).state == "running", "the second server to take over")
         second.cancel(job.id)
         until(lambda: second.get(job.id).state == "cancelled", "the job to be cancelled")
-    finally:
-        first.close()
-        second.close()
-        site.clear_away()
+
+
+def test_several_servers_that_are_asked_the_same_at_once_run_it_once(tmp_path: Path) -> None:
+    site = Site.make(tmp_path, 100)
+    asked = [Asked(label_set=name, teacher=name, dataset="points", top_k=3) for name in ("one", "two")]
+    with servers(site, 3) as several, ThreadPoolExecutor(12) as threads:
+        answers = [threads.submit(jobs.ask, request) for request in asked for jobs in several for _ in range(2)]
+        ids = {answer.result()[0].id for answer in answers}
+        assert len(ids) == len(asked)
+        until(lambda: all(several[2].get(id).state == "succeeded" for id in ids), "the jobs")
+        for id in ids:
+            told = several[1].get(id)
+            assert (told.attempt, len(told.attempts), "--- attempt 2" in told.log) == (1, 1, False)
+
+
+def test_what_was_asked_while_no_server_ran_jobs_is_done_by_the_next(tmp_path: Path) -> None:
+    site = Site.make(tmp_path, 100)
+    asked = Asked(label_set="a", teacher="nowhere", dataset="points", top_k=3)
+    with WriterLock(folder_of(site) / "lock"), servers(site, 1) as (waiting,):
+        job, _ = waiting.ask(asked)
+        cancelled, _ = waiting.ask(asked.model_copy(update={"label_set": "b"}))
+        assert waiting.cancel(cancelled.id).state == "cancelled"
+    (folder_of(site) / "inbox" / "0.json").write_text("{")
+    with servers(site, 1) as (next_one,):
+        assert next_one.get(cancelled.id).state == "cancelled"
+        assert next_one.counts()["cancelled"] == 1
+        until(lambda: next_one.get(job.id).state == "failed", "the job to be tried")
+    assert list((folder_of(site) / "inbox").iterdir()) == []
+
+
+def folder_of(site: Site) -> Path:
+    (site.store / ".jobs").mkdir(exist_ok=True)
+    return site.store / ".jobs"
+
+
+def test_a_wish_that_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    (folder_of(site) / "inbox").touch()
+    with WriterLock(folder_of(site) / "lock"), servers(site, 1) as (waiting,):
+        with pytest.raises(StorageFault, match="cannot be written down") as refused:
+            waiting.ask(Asked(label_set="a", teacher="one", dataset="points", top_k=3))
+        assert str(site.folder) not in refused.value.message
+        assert waiting.newest() == []
+
+
+def test_a_process_that_another_container_began_is_not_begun_a_second_time(tmp_path: Path) -> None:
+    """Its number means nothing here, but the lock that it holds is seen."""
+    site = Site.make(tmp_path, 100)
+    elsewhere = ProcessId(pid=2**22 + 1, began="another boot/1")
+    job = written(site, "a", state=lambda job: job.running(elsewhere, "cpu"))
+    folder = JobFolder(folder_of(site), job.id)
+    alive = WriterLock(folder.path / "alive.lock")
+    with servers(site, 1) as (jobs,):
+        behind, _ = jobs.ask(Asked(label_set="b", teacher="two", dataset="points", top_k=3))
+        until(lambda: jobs.get(behind.id).ended is not None, "another job to come and go")
+        assert (jobs.get(job.id).state, jobs.get(job.id).attempt) == ("running", 1)
+        alive.release()
+        until(lambda: jobs.get(job.id).state == "succeeded", "the job to be begun anew")
+        assert jobs.get(job.id).attempt == 2
+
+
+def test_of_jobs_that_ended_the_newest_are_kept(tmp_path: Path) -> None:
+    site = Site.make(tmp_path, keep=3)
+    over = [written(site, f"set-{number}", state=lambda job: job.over("cancelled")) for number in range(6)]
+    for job in over:
+        JobFolder(folder_of(site), job.id).log.write_text("its log\n")
+    with servers(site, 2) as (first, second):
+        assert {job.id for job in first.newest()} == {job.id for job in over[3:]}
+        assert {job.id for job in second.newest()} == {job.id for job in over[3:]}
+        with pytest.raises(JobNotFound):
+            second.get(over[0].id)
+    assert {folder.name for folder in folder_of(site).iterdir()} == {job.id for job in over[3:]} | {"lock"}
 
 
 def test_the_tail_of_a_log_is_bounded_in_lines_and_bytes(tmp_path: Path) -> None:
@@ -356,7 +506,8 @@ def test_an_ensemble_whose_teachers_were_given_several_devices_meanwhile_fails_w
 
 def test_the_queue_goes_on_behind_a_job_that_cannot_begin(tmp_path: Path) -> None:
     site = Site.make(tmp_path)
-    (site.folder / "logitcache.toml").write_text(CONFIG.replace("one = ", "other = "))
+    file = site.folder / "logitcache.toml"
+    file.write_text(file.read_text().replace("one = ", "other = "))
     gone = [written(site, "gone"), written(site, "gone-too")]
     behind = written(site, "behind", "nowhere")
     with watching(Jobs(site.store, site.config)) as jobs:
@@ -411,7 +562,7 @@ def leaving():
 
 
 def test_an_error_that_is_no_unicode_is_told_and_what_a_killed_job_leaves_behind_is_ended(tmp_path: Path) -> None:
-    site = Site.make(tmp_path)
+    site = Site.make(tmp_path, retries=0)
     with (site.folder / "mine.py").open("a") as mine, (site.folder / "logitcache.toml").open("a") as config:
         mine.write(ODD)
         config.write('[teachers.odd]\nspec = "mine:odd"\n[teachers.leaving]\nspec = "mine:leaving"\n')

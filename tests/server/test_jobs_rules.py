@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 
 from logitcache.labels.errors import InvalidName, InvalidRequest, NotRegistered
-from logitcache.server.config import Config, RegisteredDataset, RegisteredTeacher
+from logitcache.server.config import Config, JobOptions, RegisteredDataset, RegisteredTeacher
 from logitcache.server.jobs.command import arguments, check_registered
-from logitcache.server.jobs.job import Asked, Job, JobError, JobRequest, Outcome, ProcessId, parse_asked
-from logitcache.server.jobs.rules import MOST_RESTARTS, due, ended
+from logitcache.server.jobs.inbox import Wish
+from logitcache.server.jobs.job import (
+    MOST_ATTEMPTS,
+    Asked,
+    Job,
+    JobError,
+    JobRequest,
+    Outcome,
+    ProcessId,
+    parse_asked,
+)
+from logitcache.server.jobs.rules import LONGEST_WAIT_S, End, due, ended, prunable
 
 BEGAN = datetime(2026, 11, 1, tzinfo=UTC)
 SUCCESS = Outcome(digest="sha256:aa")
@@ -54,55 +64,163 @@ def test_jobs_that_ended_are_nobodys_turn() -> None:
     assert turns(queued(1).over("cancelled"), queued(2).over("succeeded"), queued(3).over("failed")) == []
 
 
+NEVER = JobOptions(retries=0)
+OFTEN = JobOptions(retries=2, retry_after_s=5)
+
+
 def test_what_the_process_said_is_the_outcome() -> None:
-    job = ended(running(1), SUCCESS, 0)
+    job = ended(running(1), End(SUCCESS, 0), OFTEN)
     assert (job.state, job.digest, job.process) == ("succeeded", "sha256:aa", None)
-    job = ended(running(1), FAILURE, 1)
-    assert (job.state, job.error) == ("failed", FAILURE.error)
+    job = ended(running(1), End(FAILURE, 1), OFTEN)
+    assert (job.state, job.error) == ("failed", FAILURE.error), "the same would be wrong again"
 
 
 def test_a_job_that_was_cancelled_is_cancelled_unless_it_was_done_first() -> None:
     stopped = running(1).cancelling()
-    assert [ended(stopped, outcome, -15).state for outcome in (None, FAILURE)] == ["cancelled", "cancelled"]
-    assert ended(stopped, SUCCESS, 0).state == "succeeded"
+    assert [ended(stopped, End(said, -15), OFTEN).state for said in (None, FAILURE)] == ["cancelled", "cancelled"]
+    assert ended(stopped, End(SUCCESS, 0), OFTEN).state == "succeeded"
+
+
+def test_a_cancelled_job_that_had_to_be_killed_says_so_and_one_that_stopped_by_itself_does_not() -> None:
+    stopped = running(1).cancelling()
+    signals = [ended(stopped, End(None, code), OFTEN).attempts[0].signal for code in (-9, 130, None)]
+    assert signals == ["SIGKILL", None, None]
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "told"),
+    ("exit_code", "told", "signal"),
     [
-        (-9, "memory runs out"),
-        (137, "memory runs out"),
-        (-11, "ended by SIGSEGV"),
-        (130, "ended by SIGINT"),
-        (3, "exit code 3"),
+        (-9, "memory runs out", "SIGKILL"),
+        (137, "memory runs out", "SIGKILL"),
+        (-11, "ended by SIGSEGV", "SIGSEGV"),
+        (-6, "ended by SIGABRT", "SIGABRT"),
+        (130, "ended by SIGINT", "SIGINT"),
+        (3, "exit code 3", None),
+        (255, "exit code 255", None),
+        (0, "exit code 0", None),
+        (None, "was gone", None),
     ],
 )
-def test_a_process_that_said_nothing_was_killed_and_can_be_asked_for_again(exit_code: int | None, told: str) -> None:
-    error = ended(running(1), None, exit_code).error
-    assert error is not None
-    assert error.code == "job-killed"
-    assert told in error.message
-    assert "committed is kept" in error.message
-    unseen = ended(running(1).model_copy(update={"restarts": MOST_RESTARTS}), None, None).error
-    assert unseen is not None
-    assert "was gone" in unseen.message
+def test_a_process_that_said_nothing_died_of_something_while_it_did_something(
+    exit_code: int | None, told: str, signal: str | None
+) -> None:
+    job = ended(running(1), End(None, exit_code, "labelling examples 512 to 767"), NEVER)
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "job-killed")
+    assert told in job.error.message
+    assert "while labelling examples 512 to 767" in job.error.message
+    assert "committed is kept" in job.error.message
+    (attempt,) = job.attempts
+    assert (attempt.attempt, attempt.state, attempt.signal, attempt.error) == (1, "failed", signal, job.error)
 
 
-def test_a_lost_job_keeps_its_place_and_is_queued_anew_a_bounded_number_of_times() -> None:
+def test_a_job_that_died_keeps_its_place_and_is_tried_again_a_bounded_number_of_times() -> None:
     job = running(1)
-    for number in range(MOST_RESTARTS):
-        job = ended(job, None, None)
-        assert (job.state, job.attempt, job.asked) == ("queued", number + 2, queued(1).asked)
+    for number in range(OFTEN.retries):
+        job = ended(job, End(None, -11), OFTEN)
+        assert (job.state, job.attempt, job.asked, job.error) == ("queued", number + 2, queued(1).asked, None)
+        assert job.not_before is not None
+        wait = job.not_before - job.attempts[-1].ended
+        assert timedelta(0) <= wait - timedelta(seconds=5 * 2**number) < timedelta(seconds=1)
         job = job.running(ProcessId(pid=78, began="y"), "t")
-    assert ended(job, None, None).state == "failed"
-    asked_again = job.over("failed").queued_anew().running(ProcessId(pid=79, began="z"), "t")
-    assert ended(asked_again, None, None).state == "queued"
+    over = ended(job, End(None, None), OFTEN)
+    assert (over.state, [attempt.attempt for attempt in over.attempts]) == ("failed", [1, 2, 3])
+    assert over.error is not None
+    assert "3 attempts in a row" in over.error.message
+    asked_again = over.asked_anew().running(ProcessId(pid=79, began="z"), "t")
+    assert ended(asked_again, End(), OFTEN).state == "queued"
+
+
+def test_an_attempt_that_committed_something_makes_the_retries_anew() -> None:
+    job = running(1)
+    for committed in range(1, 3 * MOST_ATTEMPTS):
+        job = ended(job, End(None, -9, committed=committed), OFTEN)
+        assert (job.state, job.restarts) == ("queued", 1)
+        job = job.running(ProcessId(pid=78, began="y"), "t", committed)
+    assert len(job.attempts) == MOST_ATTEMPTS
+    for _ in range(OFTEN.retries - 1):
+        job = ended(job, End(None, -9, committed=committed), OFTEN).running(
+            ProcessId(pid=78, began="y"), "t", committed
+        )
+    assert ended(job, End(None, -9, committed=committed), OFTEN).state == "failed"
+
+
+def test_the_wait_before_another_attempt_is_bounded() -> None:
+    patient = JobOptions(retries=100, retry_after_s=3600)
+    job = ended(running(1).model_copy(update={"restarts": 99}), End(), patient)
+    assert job.not_before is not None
+    assert job.not_before - datetime.now(UTC) <= timedelta(seconds=LONGEST_WAIT_S)
+
+
+def test_a_job_that_waits_after_its_process_died_lets_others_pass() -> None:
+    waiting = ended(running(1, label_set="same"), End(), OFTEN)
+    other = queued(2, "same")
+    assert turns(waiting, other) == [other]
+    due_by_now = waiting.model_copy(update={"not_before": BEGAN})
+    assert turns(other, due_by_now) == [due_by_now]
 
 
 def test_a_job_that_ended_while_no_server_was_there_is_not_lost() -> None:
-    assert ended(running(1), SUCCESS, None).state == "succeeded"
-    assert ended(running(1), FAILURE, None).state == "failed"
-    assert ended(running(1).cancelling(), None, None).state == "cancelled"
+    assert ended(running(1), End(SUCCESS), OFTEN).state == "succeeded"
+    assert ended(running(1), End(FAILURE), OFTEN).state == "failed"
+    assert ended(running(1).cancelling(), End(), OFTEN).state == "cancelled"
+
+
+def test_the_oldest_jobs_that_ended_are_forgotten_unless_their_label_set_is_at_work() -> None:
+    over = [queued(minute).over("failed", at=BEGAN + timedelta(hours=minute)) for minute in (3, 1, 2, 4)]
+    again, waits = queued(5, label_set="set-1"), queued(6)
+    assert prunable(over, 4) == []
+    assert [job.request.label_set for job in prunable(over, 2)] == ["set-1", "set-2"]
+    assert [job.request.label_set for job in prunable([*over, again, waits], 2)] == ["set-2"]
+
+
+def wishes(asked: Job) -> dict[str, Wish]:
+    """Ask for a job as it was first, again, even if it succeeded; and cancel it."""
+    return {
+        "ask": Wish(id=asked.id, at=asked.asked + timedelta(hours=1), request=asked.request),
+        "again": Wish(id=asked.id, at=asked.asked + timedelta(hours=1), request=asked.request, again=True),
+        "cancel": Wish(id=asked.id, at=asked.asked + timedelta(hours=1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("job", "becomes"),
+    [
+        (queued(1), {"ask": "queued", "again": "queued", "cancel": "cancelled"}),
+        (running(1), {"ask": "running", "again": "running", "cancel": "running"}),
+        (queued(1).over("failed"), {"ask": "queued", "again": "queued", "cancel": "failed"}),
+        (queued(1).over("cancelled"), {"ask": "queued", "again": "queued", "cancel": "cancelled"}),
+        (queued(1).over("succeeded"), {"ask": "succeeded", "again": "queued", "cancel": "succeeded"}),
+    ],
+)
+def test_what_a_wish_makes_of_a_job_and_the_second_time_nothing(job: Job, becomes: dict[str, str]) -> None:
+    for name, wish in wishes(job).items():
+        once = wish.applied(job)
+        assert once is not None
+        assert once.state == becomes[name]
+        assert (once.stop_asked is not None) == (name == "cancel" and job.state == "running")
+        assert wish.applied(once) is once
+        read = Wish.model_validate_json(wish.model_dump_json()).applied(job)
+        assert read is not None
+        assert read.state == once.state
+
+
+def test_a_wish_of_before_the_job_was_asked_for_last_is_of_no_effect() -> None:
+    job = queued(60).over("failed")
+    for wish in wishes(queued(0)).values():
+        early = wish.model_copy(update={"at": job.asked - timedelta(minutes=1)})
+        assert early.applied(job) is job
+
+
+def test_a_wish_comes_after_what_it_was_made_of_whatever_the_clock_says() -> None:
+    ahead = queued(1).model_copy(update={"asked": datetime.now(UTC) + timedelta(days=1)})
+    cancelled = Wish.to_cancel(ahead).applied(ahead)
+    assert cancelled is not None
+    assert cancelled.state == "cancelled"
+    asked = Wish.to_have(ahead.request, False, cancelled).applied(cancelled)
+    assert asked is not None
+    assert (asked.state, asked.attempt) == ("queued", 2)
+    assert Wish.to_cancel(ahead).applied(None) is None
 
 
 def ask(**changes: Any) -> Asked:

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,10 @@ from logitcache.labels.problem import from_problem
 from logitcache.server import logs
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.load import Load
 from logitcache.server.http.middleware import Observed
 from logitcache.server.http.serve import running
 from logitcache.storage.shards import Shards
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """The log as a machine reads it; loggers are given back as they were."""
-    roots = [logging.getLogger(name) for name in logs.ROOTS]
-    before = [(root.handlers[:], root.level, root.propagate) for root in roots]
-    stream = io.StringIO()
-    logs.configure(stream)
-    yield stream
-    for root, (handlers, level, propagate) in zip(roots, before, strict=True):
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        root.propagate = propagate
 
 
 def events(log: io.StringIO, event: str | None = None) -> list[dict[str, Any]]:
@@ -121,7 +107,7 @@ def test_the_id_of_a_request_is_forgotten_after_it(log: io.StringIO) -> None:
 
     async def answer() -> None:
         scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"mine")]}
-        await Observed(app, create_app(Catalog(Path("nowhere"))).state.metrics)(scope, nothing, nothing)
+        await Observed(app, create_app(Catalog(Path("nowhere"))).state.metrics, Load())(scope, nothing, nothing)
         logs.logger("logitcache.tests").info("after")
 
     asyncio.run(answer())

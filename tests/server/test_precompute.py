@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Notes:
         self.activities: list[tuple[str, int]] = []
         self.rows = 0
         self.notes: list[str] = []
+        self.seen: list[str] = []
 
     def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         self.activities.append((activity, rows))
@@ -64,6 +66,9 @@ class Notes:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def under_way(self, told: Callable[[], str]) -> None:
+        self.seen.append(told())
 
 
 def rows(path: Path) -> Any:

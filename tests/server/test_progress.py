@@ -3,11 +3,13 @@
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from logitcache.server.progress import Bar, Lines, ProgressFile, reporter
+from logitcache.server.under_way import LONGEST, last_under_way
 
 
 class Clock:
@@ -94,12 +96,23 @@ def test_a_program_gets_a_whole_file_twice_a_second_and_at_the_end(clock: Clock,
             seen.append(json.loads(file.read_text())["rows_done"])
         assert seen == [0, 0, 300, 300, 300, 600, 600, 600, 900, 1000]
     assert json.loads(file.read_text()) == told | {"rows_done": 1000, "rows_per_s": 500.0, "seconds_left": 0.0}
-    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"progress.json", "under-way.txt"}
+
+
+def test_what_is_under_way_stays_until_something_else_is(tmp_path: Path) -> None:
+    assert last_under_way(tmp_path) == ""
+    with reporter(io.StringIO(), tmp_path / "progress.json") as lines:
+        for text in ("labelling examples 0 to 4,095", "reading example 'é'", "x" * 2000):
+            lines.under_way(partial(str, text))
+            assert last_under_way(tmp_path) == text[:LONGEST]
+        lines.begin("verifying", 1000)
+        assert last_under_way(tmp_path) == ""
 
 
 def test_a_folder_that_cannot_take_the_file_does_not_stop_the_work(tmp_path: Path) -> None:
     log = io.StringIO()
     with reporter(log, tmp_path / "gone" / "progress.json") as lines:
         lines.begin("labelling x", 10)
+        lines.under_way(lambda: "labelling example 0")
         lines.advance(10)
     assert "10/10 rows" in log.getvalue()

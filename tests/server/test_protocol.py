@@ -11,7 +11,8 @@ import pytest
 
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.serve import MAX_HEAD_BYTES, running
+from logitcache.server.http.protocol import MAX_HEAD_BYTES
+from logitcache.server.http.serve import running
 
 HOST = b"Host: x\r\n"
 HEALTH = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"

@@ -91,7 +91,7 @@ def test_a_port_that_does_not_exist_is_named() -> None:
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.7", 0), ("no-such-host.invalid", 0), ("", 0)])
 def test_an_address_that_cannot_be_listened_on_is_named(host: str, port: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"cannot listen on {host}"), listening(host, port, "none"):
+    with pytest.raises(InvalidRequest, match=f"cannot listen on {host}"), listening(host, port, open_to_others=True):
         pass
 
 
@@ -104,18 +104,18 @@ def test_small_answers_are_not_held_back_for_an_acknowledgement() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1"])
 def test_loopback_needs_no_keys(host: str) -> None:
-    check_exposure(host, None)
+    check_exposure(host, open_to_others=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "203.0.113.7"])
-def test_an_address_that_others_reach_needs_to_be_told_that_there_are_no_keys(host: str) -> None:
+def test_an_address_that_others_reach_needs_keys_or_to_be_told_that_there_are_none(host: str) -> None:
     with pytest.raises(InvalidRequest, match=r"no keys.*--auth none"):
-        check_exposure(host, None)
-    check_exposure(host, "none")
+        check_exposure(host, open_to_others=False)
+    check_exposure(host, open_to_others=True)
 
 
 def test_the_url_of_an_address_for_everyone_is_one_that_this_machine_can_open() -> None:
-    with listening("0.0.0.0", 0, "none") as listener:
+    with listening("0.0.0.0", 0, open_to_others=True) as listener:
         assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

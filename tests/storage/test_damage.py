@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.server.job_site import until
 
 from logitcache.labels.errors import RowsMissing
 from logitcache.storage import LocalLabelSet, admission, gather, local, shards
-from logitcache.storage.admission import Stamps, opened
+from logitcache.storage.admission import OpenShard, Stamps, opened
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
 from logitcache.storage.records import Commit
@@ -154,9 +155,9 @@ def test_stamps_spare_the_hash_only_of_files_that_did_not_change(
     hashed: list[int] = []
     check = admission.check_hashes
 
-    def counted(files: object, commit: object) -> None:
-        hashed.append(files.shard)  # type: ignore[attr-defined]
-        check(files, commit)  # type: ignore[arg-type]
+    def counted(files: OpenShard, commit: Commit, stopped: threading.Event) -> None:
+        hashed.append(files.shard)
+        check(files, commit, stopped)
 
     monkeypatch.setattr(shards, "check_hashes", counted)
     reader = LocalLabelSet(label_set)

@@ -14,9 +14,16 @@ import pytest
 from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, grow, grown, reference, writer_of
 from tests.conformance import assert_rows_equal
 
-from logitcache.labels.errors import DatasetFault, DigestChanged, InvalidRequest, NotALabelSet, RowsMissing
+from logitcache.labels.errors import (
+    DatasetFault,
+    DigestChanged,
+    InvalidRequest,
+    NotALabelSet,
+    RowsMissing,
+    StorageFault,
+)
 from logitcache.labels.label_set import LABELLED
-from logitcache.storage import LocalLabelSet, records, shards
+from logitcache.storage import LocalLabelSet, reading, shards
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.packing import packed_shards
 from logitcache.storage.places import Places
@@ -220,13 +227,13 @@ def test_generations_that_are_known_are_not_read_again(tmp_path: Path, monkeypat
     source = grown(source, 5, seed=9)
     grow(path, source)
     read: list[str] = []
-    plain = records._read
+    plain = reading.read_file
 
-    def noted(file: Path) -> bytes:
+    def noted(root: Path, file: Path, most: int, refused: type[StorageFault]) -> bytes:
         read.append(f"{file.parent.name}/{file.name}")
-        return plain(file)
+        return plain(root, file, most, refused)
 
-    monkeypatch.setattr(records, "_read", noted)
+    monkeypatch.setattr("logitcache.storage.records.read_file", noted)
     assert len(refreshed(reader).describe().generations) == 5
     assert {name for name in read if name.startswith("generations")} == {"generations/4.json", "generations/5.json"}
     reader.close()

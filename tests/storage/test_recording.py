@@ -51,9 +51,13 @@ from logitcache.storage import LocalLabelSet, RecordedLabelSet, Recording, log, 
 from logitcache.storage.files import Bytes, Files
 from logitcache.storage.log import HEADER, Kind, Log, LogWriter, slot_dtype
 from logitcache.storage.places import Places
+from logitcache.storage.recorded import read_terms
 from logitcache.storage.store import label_set_names
 
 TINY: dict[str, Any] = {"k": 1, "classes": 3, "temperatures": (1.0,)}
+
+OPENING = 4
+"""Operations with which a recording is taken up: the names that a killed process may have left are synced."""
 
 Reader = LocalLabelSet | RecordedLabelSet
 
@@ -557,11 +561,16 @@ class TestTorn:
         assert_holds(reader, run, run.places)
         reader.close()
 
-    def test_whatever_follows_the_last_frame_is_cut_off(self, path: Path) -> None:
+    def test_what_a_torn_frame_leaves_is_cut_off_and_where_others_begin_in_it_nothing_is(self, path: Path) -> None:
         run = small_run(3)
         run.record(path)
         whole = log_of(path)
-        for tail in (b"\0", b"\0" * 4096, log.MAGIC * 100, whole[:-1]):
+        for tail in (log.MAGIC * 100, whole[:-1]):
+            Places(path).recording_log.write_bytes(whole + tail)
+            with pytest.raises(ShardDamaged, match=f"at byte {len(whole):,}"):
+                Recording(path)
+            assert log_of(path) == whole + tail
+        for tail in (b"\0", b"\0" * 4096, log.MAGIC, b"\xff" * 4096):
             Places(path).recording_log.write_bytes(whole + tail)
             reader = RecordedLabelSet(path)
             assert_holds(reader, run, run.places)
@@ -601,7 +610,7 @@ class TestFaults:
             recording, reader = Recording(path, files=files), RecordedLabelSet(path)
             held: list[int] = []
             for batch in np.array_split(run.places, 3):
-                if len(files.log) == number:
+                if [operation for operation, _ in files.log].count("append") == number:
                     with pytest.raises(error) as caught:
                         recording.append(run.batch(batch), RANK_0)
                     assert type(caught.value) is error
@@ -617,7 +626,7 @@ class TestFaults:
 
     def test_a_full_disk_loses_nothing_and_it_goes_on_when_there_is_room(self, run: Run, path: Path) -> None:
         room = False
-        full = full_disk(1)
+        full = full_disk(OPENING + 1)
 
         def at(number: int, operation: str, where: Path) -> None:
             if not room:
@@ -647,7 +656,7 @@ class TestFaults:
         run = small_run()
         run.begun(path).close()
 
-        with Recording(path, files=failing(1, errno.EIO)) as recording:
+        with Recording(path, files=failing(OPENING + 1, errno.EIO)) as recording:
             recording.append(run.batch([0]), RANK_0)
             whole = log_of(path)
             with pytest.raises(StorageFault):
@@ -1128,9 +1137,28 @@ class TestHostile:
 
 def forged(path: Path, run: Run, rows: np.ndarray) -> None:
     """Append a whole frame with these rows."""
-    found = Log(Places(path).recording_log, slot_dtype(log_spec(run)))
+    found = Log(Places(path).recording_log, slot_dtype(log_spec(run)), read_terms(Places(path))[2])
     list(found.follow())
     writer = LogWriter(found, Files())
     writer.append(Kind.ROWS, 0, 1, rows)
     writer.close()
     found.close()
+
+
+@pytest.mark.parametrize("file", ["log", "recording.json"])
+def test_the_log_of_another_recording_with_the_same_terms_has_no_rows_here_and_is_not_cut(
+    tmp_path: Path, file: str
+) -> None:
+    run = small_run()
+    run.record(tmp_path / "one")
+    run.record(tmp_path / "other")
+    ours, theirs = (Places(tmp_path / name).recording.parent / file for name in ("one", "other"))
+    content = theirs.read_bytes()
+    ours.write_bytes(content)
+    reader = open_label_set(tmp_path / "one")
+    assert reader.describe().rows == 0
+    reader.close()
+    before = log_of(tmp_path / "one")
+    with pytest.raises(ShardDamaged, match="damaged at byte 0"):
+        Recording(tmp_path / "one")
+    assert log_of(tmp_path / "one") == before

@@ -22,6 +22,7 @@ def connect(
     teacher: str | TeacherId | None = None,
     timeout_s: float = 60.0,
     retries: int | None = None,
+    key: str | None = None,
 ) -> Labels: ...
 
 
@@ -36,6 +37,7 @@ def connect(
     teacher: Sequence[str | TeacherId | None] | None = None,
     timeout_s: float = 60.0,
     retries: int | None = None,
+    key: str | None = None,
 ) -> SeveralLabels: ...
 
 
@@ -49,6 +51,7 @@ def connect(
     teacher: Any = None,
     timeout_s: float = 60.0,
     retries: int | None = None,
+    key: str | None = None,
 ) -> Any:
     """The labels at ``target``, whose description is read and checked at once.
 
@@ -72,8 +75,11 @@ def connect(
         timeout_s: total seconds that one call may take, retries included; of a list, that each label set may take.
         retries: attempts after the first; None means as many as fit into ``timeout_s``, 0 none. They bridge a server
             that goes away and comes back.
+        key: of the server, if it wants one; else that of the environment's ``LOGITCACHE_KEY``. It is sent as it is, so
+            use https where others can listen.
 
     Raises:
+        KeyRefused, ScopeTooSmall: the server wants a key, or one that may do more.
         LabelSetNotFound: nothing of that name is there.
         DigestChanged, TeacherMismatch: it is not the label set that you mean.
         InvalidRequest: the target is neither a URL with a name nor a path; or several do not belong together.
@@ -83,7 +89,7 @@ def connect(
     if not isinstance(target, list | tuple):
         if combine is not None or route is not None:
             raise InvalidRequest("combine and route are for several teachers: give a list of their targets")
-        return Labels(target, digest=digest, teacher=teacher, timeout_s=timeout_s, retries=retries).open()
+        return Labels(target, digest=digest, teacher=teacher, timeout_s=timeout_s, retries=retries, key=key).open()
     if combine not in get_args(Combine):
         raise InvalidRequest(
             f"combine={combine!r} is not known: several teachers are asked one a step ('random'), all for the mean "
@@ -99,7 +105,10 @@ def connect(
         _one_each(name, value, len(target)) for name, value in (("digest", digest), ("teacher", teacher))
     )
     members = [
-        Member(str(parse_target(each)), Labels(each, digest=pin, teacher=who, timeout_s=timeout_s, retries=retries))
+        Member(
+            str(parse_target(each)),
+            Labels(each, digest=pin, teacher=who, timeout_s=timeout_s, retries=retries, key=key),
+        )
         for each, pin, who in zip(target, digests, teachers, strict=True)
     ]
     return SeveralLabels(members, combine=combine, seed=seed, route=route).open()

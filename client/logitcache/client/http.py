@@ -4,6 +4,7 @@ It splits what is above the server's limits, asks again when an error will pass,
 anyone uses it. It knows routes and media types, and nothing of torch or of files.
 """
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from logitcache.client.answers import check_digest, check_rows, decode_states
+from logitcache.client.connecting import AnswerLate, ConnectFailed, HostUnknown, ServerUntrusted
 from logitcache.client.deadline import Deadline
 from logitcache.client.part_errors import all_missing, all_outside, with_texts
 from logitcache.client.response import JSON, check_answer, parse_json
@@ -19,9 +21,7 @@ from logitcache.client.retrying import ask
 from logitcache.client.stats import Tally
 from logitcache.client.transport import (
     MAX_TEXT_BYTES,
-    AnswerLate,
     AnswerTooLong,
-    ConnectFailed,
     ConnectionBroke,
     DirectTransport,
     Transport,
@@ -30,6 +30,7 @@ from logitcache.labels import problem, wire
 from logitcache.labels.errors import (
     DeadlineExceeded,
     DigestChanged,
+    HostNotFound,
     InvalidRequest,
     LogitcacheError,
     MalformedMessage,
@@ -37,6 +38,7 @@ from logitcache.labels.errors import (
     RowsMissing,
     ServerUnreachable,
     TooManyRows,
+    UntrustedServer,
 )
 from logitcache.labels.identity import check_name
 from logitcache.labels.ids import Ids, as_ids, check_kind
@@ -44,6 +46,9 @@ from logitcache.labels.label_set import Description, OnMissing
 from logitcache.labels.ranges import Ranges, as_ranges
 from logitcache.labels.soft_labels import SoftLabels, concatenate
 from logitcache.labels.views import Views, as_views
+
+KEY_VARIABLE = "LOGITCACHE_KEY"
+"""Of the environment: the key of the servers that a process asks, where its code does not say one."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,13 @@ class HttpLabelSet:
         name: the label set's name.
         timeout_s: total seconds that one call may take, retries and parts included.
         retries: attempts after the first; None means as many as fit into ``timeout_s``.
+        key: of the server, if it wants one; else that of the environment's `KEY_VARIABLE`, if it has one.
         transport: in place of connections of its own; `httpx_transport.HttpxTransport` makes one of any of httpx.
         tally: where requests and retries are counted.
 
     Raises:
         InvalidName: ``name`` cannot be a label set's name.
-        InvalidRequest: ``base_url`` is not percent-encoded, or ``retries`` is no count.
+        InvalidRequest: ``base_url`` is not percent-encoded, ``retries`` is no count, or no key is like that.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class HttpLabelSet:
         *,
         timeout_s: float = 60.0,
         retries: int | None = None,
+        key: str | None = None,
         transport: Transport | None = None,
         tally: Tally | None = None,
     ) -> None:
@@ -101,6 +108,7 @@ class HttpLabelSet:
         self.url = base_url + self._path
         """The address of the label set's description."""
         self._timeout_s, self._retries = timeout_s, retries
+        self._authorization = _authorization(key)
         self._tally = tally or Tally()
         self._described: Description | None = None
         self._examples_a_part: int | None = None
@@ -252,7 +260,7 @@ class HttpLabelSet:
         ``part`` follows the label set's own path, ``content_type`` is that of ``content``: ``accept`` unless told.
         """
         self._tally.count(requests=1)
-        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}", "Accept-Encoding": "identity"}
+        headers = {"Accept": f"{accept}, {problem.MEDIA_TYPE}", "Accept-Encoding": "identity"} | self._authorization
         if content is not None:
             headers["Content-Type"] = content_type or accept
         return ask(
@@ -281,6 +289,13 @@ class HttpLabelSet:
             if self._closed:
                 raise InvalidRequest(f"the connection to {self.url} was closed: connect again") from error
             raise
+        except HostUnknown as error:
+            raise HostNotFound(f"cannot connect to {self.base_url}: {error}; check how it is written") from error
+        except ServerUntrusted as error:
+            raise UntrustedServer(
+                f"cannot trust {self.base_url}: {error}; nothing was sent. Write the host as its certificate names it, "
+                "set SSL_CERT_FILE to the certificate (PEM) of its signer, or write http:// if it speaks no TLS"
+            ) from error
         except ConnectFailed as error:
             raise ServerUnreachable(
                 f"cannot connect to {self.base_url}: {error}; is `logitcache serve` running there?"
@@ -297,9 +312,23 @@ class HttpLabelSet:
         return answer.body
 
 
+def _authorization(key: str | None) -> dict[str, str]:
+    """The header that shows a key; none without one."""
+    secret = os.environ.get(KEY_VARIABLE, "").strip() if key is None else key
+    if not re.fullmatch(r"[!-~]*", secret):
+        raise InvalidRequest("a key has neither spaces nor line breaks; what was given is none")  # and is not told
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
 def _own_transport(base_url: str) -> Transport:
     if not base_url.lower().startswith("https:"):
         return DirectTransport(base_url)
     import httpx  # for its choice of certificates alone
 
-    return DirectTransport(base_url, httpx.create_ssl_context())
+    try:
+        trusted = httpx.create_ssl_context()
+    except OSError as error:
+        raise InvalidRequest(
+            f"the certificates to trust cannot be read ({error}): correct SSL_CERT_FILE or SSL_CERT_DIR, or unset it"
+        ) from error
+    return DirectTransport(base_url, trusted)

@@ -4,15 +4,9 @@ from collections.abc import Mapping
 
 import httpx
 
+from logitcache.client.connecting import AnswerLate, ConnectFailed
 from logitcache.client.deadline import Deadline
-from logitcache.client.transport import (
-    MAX_TEXT_BYTES,
-    Answer,
-    AnswerLate,
-    AnswerTooLong,
-    ConnectFailed,
-    ConnectionBroke,
-)
+from logitcache.client.transport import MAX_TEXT_BYTES, Answer, AnswerTooLong, ConnectionBroke
 
 
 class HttpxTransport:

@@ -26,6 +26,7 @@ from logitcache.client.held_inputs import (
     too_many,
 )
 from logitcache.client.in_process import InProcess
+from logitcache.client.part_errors import of_pinned
 from logitcache.client.record import begun, checked, sink_of
 from logitcache.client.recorder import BUFFER_BYTES as RECORDED_BYTES
 from logitcache.client.recorder import Recorder
@@ -36,17 +37,22 @@ from logitcache.client.target import (
     check_expected,
     check_successor,
     example_ids,
+    has_generation,
     open_label_set,
     parse_target,
 )
 from logitcache.client.waiting import once_labelled
-from logitcache.labels.errors import Id, InvalidRequest, LogitcacheError, RangeOutside
+from logitcache.labels.errors import Id, InvalidRequest, LogitcacheError, RangeOutside, RowsMissing
 from logitcache.labels.identity import Dtype, TeacherId, declared
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import LABELLED, Description, LabelSet, OnMissing
 from logitcache.labels.ranges import as_ranges
 from logitcache.labels.recorded import Mode, RecordingTerms, recorder_id
 from logitcache.labels.soft_labels import SoftLabels
+
+SEEN_BY_ALL_S = 2.0
+"""Seconds after which every process of a server describes a generation that one of them has given rows of: each looks
+at the store twice a second."""
 
 
 class Labels(Attachable):
@@ -62,10 +68,11 @@ class Labels(Attachable):
         teacher: str | TeacherId | None = None,
         timeout_s: float = 60.0,
         retries: int | None = None,
+        key: str | None = None,
     ) -> None:
         self._target = parse_target(target)
         self._digest, self._teacher = digest, teacher
-        self._timeout_s, self._retries = timeout_s, retries
+        self._timeout_s, self._retries, self._key = timeout_s, retries, key
         self._closed = False
         self._process = InProcess()
 
@@ -142,6 +149,10 @@ class Labels(Attachable):
 
         try:
             soft = once_labelled(read, self._timeout_s) if on_missing == "wait" else read()
+        except RowsMissing as error:
+            if self._digest is None or here.described is None or not error.unknown:
+                raise
+            raise of_pinned(error, here.described, self._digest) from error
         except RangeOutside as error:
             if rows is not None:
                 raise
@@ -239,7 +250,7 @@ class Labels(Attachable):
         terms = RecordingTerms(checked(identity), steps, described.examples, recorders)
         like = described.name if isinstance(target, HttpTarget) else None
         ids = None if like is not None else example_ids(reader)
-        sink = sink_of(target, like, timeout_s=self._timeout_s, retries=self._retries)
+        sink = sink_of(target, like, timeout_s=self._timeout_s, retries=self._retries, key=self._key)
         return begun(sink, str(target), terms, rank, ids, buffer_bytes)
 
     @property
@@ -271,7 +282,7 @@ class Labels(Attachable):
         return f"Labels({str(self._target)!r})"
 
     def __reduce__(self) -> Any:
-        return _rebuild, (str(self._target), self._digest, self._teacher, self._timeout_s, self._retries)
+        return _rebuild, (str(self._target), self._digest, self._teacher, self._timeout_s, self._retries, self._key)
 
     def _to_attach(self) -> ToAttach:
         self._opened()
@@ -296,7 +307,7 @@ class Labels(Attachable):
                 raise InvalidRequest(f"{self!r} is closed: connect again")
             if here.reader is None:
                 reader = open_label_set(
-                    self._target, timeout_s=self._timeout_s, retries=self._retries, tally=here.tally
+                    self._target, timeout_s=self._timeout_s, retries=self._retries, key=self._key, tally=here.tally
                 )
                 try:
                     here.described = reader.describe()
@@ -324,13 +335,21 @@ class Labels(Attachable):
 
     def _describe_again(self, here: InProcess, reader: LabelSet, digest: str | None) -> None:
         assert here.described is not None
-        now = reader.describe()
+        now, until_s = reader.describe(), time.monotonic() + SEEN_BY_ALL_S
+        while digest is not None and not has_generation(now, digest) and time.monotonic() < until_s:
+            time.sleep(SEEN_BY_ALL_S / 10)
+            now = reader.describe()
         check_expected(now, digest=self._digest, teacher=self._teacher)
         check_successor(here.described, now, repr(self), digest)
         here.described = now
 
 
 def _rebuild(
-    target: str, digest: str | None, teacher: str | TeacherId | None, timeout_s: float, retries: int | None
+    target: str,
+    digest: str | None,
+    teacher: str | TeacherId | None,
+    timeout_s: float,
+    retries: int | None,
+    key: str | None,
 ) -> Labels:
-    return Labels(target, digest=digest, teacher=teacher, timeout_s=timeout_s, retries=retries)
+    return Labels(target, digest=digest, teacher=teacher, timeout_s=timeout_s, retries=retries, key=key)

@@ -1,4 +1,5 @@
-"""Errors of the parts of one call, told as a reader in this process would tell them of the whole.
+"""Errors of the parts of one call, told as a reader in this process would tell them of the whole; and what they do not
+know of the caller.
 
 Texts travel as their keys, so a server names them by 32 hexadecimal digits; whoever called has the texts. It knows
 errors and ids, and nothing of HTTP.
@@ -74,3 +75,12 @@ def all_outside(parts: list[RangeOutside]) -> RangeOutside:
     more = len(ids) - len(first.ids)
     message = f"{first.message}; and {more:,} more in other parts of this fetch" if more else first.message
     return _told(RangeOutside, message, first.details | {"ids": ids}, first)
+
+
+def of_pinned(error: RowsMissing, described: Description, digest: str) -> RowsMissing:
+    """The error for ids that a pinned generation does not contain, with the pin: a newer one may contain them."""
+    examples = next(
+        (f" of {sealed.examples:,} examples" for sealed in described.generations if sealed.digest == digest), ""
+    )
+    pin = f"you are pinned to {digest}{examples}: pin a newer digest, or none, for examples that were added later"
+    return _told(RowsMissing, f"{error.message}; {pin}", error.details, error)

@@ -36,6 +36,7 @@ def record(
     buffer_bytes: int = BUFFER_BYTES,
     timeout_s: float = 60.0,
     retries: int | None = None,
+    key: str | None = None,
 ) -> Recorder:
     """Begin to record a new label set, or go on with one that was begun with the same arguments.
 
@@ -64,8 +65,10 @@ def record(
         buffer_bytes: of rows that may wait to be sent before `Recorder.add` waits, too.
         timeout_s: total seconds that a request may take, retries included.
         retries: attempts after the first; None means as many as fit into ``timeout_s``.
+        key: of the server, of scope write, if it wants one; else that of the environment's ``LOGITCACHE_KEY``.
 
     Raises:
+        KeyRefused, ScopeTooSmall: the server wants a key, or one that may do more.
         IdentityChanged: there is such a label set already, or it was begun with something else; each is named.
         RequestRefused: the server does not record.
         InvalidRequest, InvalidName, InvalidIds: an argument cannot be right.
@@ -91,7 +94,7 @@ def record(
         )
     )
     terms = RecordingTerms(identity, steps, len(known) if known is not None else examples or 0, recorders)
-    sink = sink_of(parse_target(target), None, timeout_s=timeout_s, retries=retries)
+    sink = sink_of(parse_target(target), None, timeout_s=timeout_s, retries=retries, key=key)
     return begun(sink, str(target), terms, rank, known, buffer_bytes)
 
 
@@ -107,10 +110,12 @@ def checked(identity: Identity) -> Identity:
         raise InvalidRequest(f"no label set can be like that: {error}") from None
 
 
-def sink_of(target: HttpTarget | Path, like: str | None, *, timeout_s: float, retries: int | None) -> Sink:
+def sink_of(
+    target: HttpTarget | Path, like: str | None, *, timeout_s: float, retries: int | None, key: str | None
+) -> Sink:
     """Where rows go that are recorded at a target; ``like`` is a label set of the same server with these examples."""
     if isinstance(target, HttpTarget):
-        return HttpSink(target, like, timeout_s=timeout_s, retries=retries)
+        return HttpSink(target, like, timeout_s=timeout_s, retries=retries, key=key)
     return LocalSink(target)
 
 

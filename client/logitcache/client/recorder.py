@@ -25,10 +25,15 @@ from logitcache.labels.errors import (
     Id,
     InvalidRequest,
     LogitcacheError,
+    MalformedMessage,
+    NotAllowed,
     RecorderReplaced,
+    RequestRefused,
+    ServerFault,
     ShapeMismatch,
     StorageFault,
     Unavailable,
+    UntrustedServer,
     shown,
 )
 from logitcache.labels.fingerprints import fingerprints, token_fingerprint
@@ -48,6 +53,10 @@ BUFFER_BYTES = 64 << 20
 SEALED_PAUSE_S = 0.1
 """Seconds between two questions whether a label set is sealed."""
 
+SENT_AGAIN = (Unavailable, StorageFault, NotAllowed, UntrustedServer, RequestRefused, MalformedMessage, ServerFault)
+"""What says nothing of the rows themselves: the server, its key, its certificate, or a proxy that answers in its place.
+Rows that met it are kept. Any other error is the rows' own, and they are not sent again."""
+
 _LOG = logging.getLogger("logitcache.client")
 
 
@@ -64,8 +73,8 @@ class Recorder:
     `finish`\\ es, left with one it sends what was added, and the recording can be gone on with.
 
     One thread at a time may add. Errors of what was added earlier are raised by the next call, which adds nothing
-    then. What was sent before is kept; what could not be sent because the server was away or its disk full is sent
-    again after that.
+    then. What was sent before is kept; what could not be sent for a reason that is not in the rows, such as a server
+    that is away or a full disk, is sent again after that.
 
     Attributes:
         terms: what is recorded.
@@ -334,8 +343,8 @@ class Recorder:
                 error = caught
             with self._change:
                 self._under_way, self._error = False, error
-                if isinstance(error, Unavailable | StorageFault):
-                    # It can be sent yet: when the server is back, or there is room on the disk.
+                if isinstance(error, SENT_AGAIN):
+                    # It can be sent yet: when the server is back, lets us in again, or has room on its disk.
                     self._waiting.extendleft(reversed(taken))
                     self._waiting_bytes += sum(each.nbytes for each in taken)
                 self._change.notify_all()
@@ -355,7 +364,7 @@ class Recorder:
             sent, parts = parts[:count], parts[count:]
             try:
                 self._sink.append(together(sent), self._who)
-            except (Unavailable, StorageFault):
+            except SENT_AGAIN:
                 raise
             except LogitcacheError as error:
                 refused = self._send_each(sent) if count > 1 else error
@@ -369,7 +378,7 @@ class Recorder:
         for part in parts:
             try:
                 self._sink.append(part, self._who)
-            except (Unavailable, StorageFault):
+            except SENT_AGAIN:
                 raise  # all of them are sent again: what is there already is the same row
             except LogitcacheError as error:
                 refused = refused or error

@@ -11,7 +11,7 @@ from logitcache.client.part_errors import with_texts
 from logitcache.client.response import JSON, parse_json
 from logitcache.client.target import HttpTarget
 from logitcache.labels import wire
-from logitcache.labels.errors import LogitcacheError
+from logitcache.labels.errors import LogitcacheError, MalformedMessage
 from logitcache.labels.ids import Ids
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who
 
@@ -83,8 +83,10 @@ class LocalSink:
 class HttpSink:
     """A server that records. ``like`` is another of its label sets, whose examples these are, if any."""
 
-    def __init__(self, target: HttpTarget, like: str | None, *, timeout_s: float, retries: int | None) -> None:
-        self._there = HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries)
+    def __init__(
+        self, target: HttpTarget, like: str | None, *, timeout_s: float, retries: int | None, key: str | None = None
+    ) -> None:
+        self._there = HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries, key=key)
         self._like, self._timeout_s = like, timeout_s
 
     def begin(self, terms: RecordingTerms, who: Who, ids: Ids | None) -> Stand:
@@ -98,9 +100,14 @@ class HttpSink:
         deadline = Deadline(self._timeout_s)
         body = rows.encode(who)
         try:
-            self._there.exchange("POST", "/record", body, JSON, MOST_ANSWER_BYTES, deadline, wire.MEDIA_TYPE)
+            answer = self._there.exchange("POST", "/record", body, JSON, MOST_ANSWER_BYTES, deadline, wire.MEDIA_TYPE)
         except LogitcacheError as error:
             raise with_texts(error, rows.ids) from error.__cause__
+        told = parse_json(answer)
+        if not isinstance(told, dict) or told.get("rows") != len(rows.soft):
+            raise MalformedMessage(
+                f"{self._there.url}/record did not say that it took {len(rows.soft):,} rows: is it a logitcache server?"
+            )
 
     def finish(self, who: Who, *, part: bool) -> Stand:
         """See `Sink.finish`."""

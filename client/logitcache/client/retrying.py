@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
+from logitcache.client.connecting import AnswerLate
 from logitcache.client.deadline import Deadline
 from logitcache.client.transport import ConnectionBroke
 from logitcache.labels.errors import DeadlineExceeded, LogitcacheError
@@ -69,8 +70,12 @@ def ask(
             raise error
         return attempt()
 
+    before: LogitcacheError | None = None
+
     def give_up(state: RetryCallState) -> Answer:
         error = _error(state)
+        if before is not None and (isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, AnswerLate)):
+            error = before  # the last attempt had no time: what was wrong is what those before met
         if retries is not None and state.attempt_number > retries and deadline.remaining_s:
             raise error
         raise DeadlineExceeded(
@@ -81,7 +86,8 @@ def ask(
     told_s = -math.inf
 
     def note(state: RetryCallState) -> None:
-        nonlocal told_s
+        nonlocal told_s, before
+        before = _error(state)
         on_retry()
         now_s = time.monotonic()
         loud = state.upcoming_sleep and now_s - told_s >= TELL_EVERY_S

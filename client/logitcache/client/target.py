@@ -14,10 +14,19 @@ import httpx
 
 from logitcache.client.http import HttpLabelSet
 from logitcache.client.stats import Tally
-from logitcache.labels.errors import DigestChanged, InvalidRequest, TeacherMismatch
+from logitcache.labels.errors import (
+    DigestChanged,
+    InvalidRequest,
+    LabelSetNotFound,
+    StoreNotFound,
+    TeacherMismatch,
+)
 from logitcache.labels.identity import TeacherId, check_name
 from logitcache.labels.ids import Ids
 from logitcache.labels.label_set import Description, LabelSet, Limits
+
+USUAL_STORE = "label-sets"
+"""Folder that label sets are written to unless told otherwise."""
 
 _FORGOTTEN_SCHEME = re.compile(r"[\w.-]+:\d+(/.*)?")
 
@@ -79,18 +88,26 @@ def example_ids(label_set: LabelSet) -> Ids | None:
     return label_set.example_ids()
 
 
-def open_label_set(target: HttpTarget | Path, *, timeout_s: float, retries: int | None, tally: Tally) -> LabelSet:
+def open_label_set(
+    target: HttpTarget | Path, *, timeout_s: float, retries: int | None, tally: Tally, key: str | None = None
+) -> LabelSet:
     """A reader of the label set there.
 
     Raises:
         LabelSetNotFound, StoreNotFound, StorageFault: the folder holds no label set that can be read.
     """
     if isinstance(target, HttpTarget):
-        return HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries, tally=tally)
+        return HttpLabelSet(target.base_url, target.name, timeout_s=timeout_s, retries=retries, key=key, tally=tally)
     from logitcache import storage  # only a folder needs it
 
-    # Limits protect a server from its clients; a process need not be protected from itself.
-    return storage.open_label_set(target, limits=Limits(ids=sys.maxsize, response_bytes=sys.maxsize))
+    try:
+        # Limits protect a server from its clients; a process need not be protected from itself.
+        return storage.open_label_set(target, limits=Limits(ids=sys.maxsize, response_bytes=sys.maxsize))
+    except (LabelSetNotFound, StoreNotFound) as error:
+        meant = target.parent / USUAL_STORE / target.name
+        if not meant.is_dir():
+            raise
+        raise type(error)(f"{error.message}; did you mean {str(meant)!r}?", **error.details) from error
 
 
 def check_expected(found: Description, *, digest: str | None, teacher: str | TeacherId | None) -> None:
@@ -100,7 +117,7 @@ def check_expected(found: Description, *, digest: str | None, teacher: str | Tea
         DigestChanged: none of its generations has this digest.
         TeacherMismatch: another teacher made it. A text is compared with the teacher's name and with its weights.
     """
-    if digest is not None and digest not in {generation.digest for generation in found.generations}:
+    if digest is not None and not has_generation(found, digest):
         raise DigestChanged(
             f"{found.name!r} is at {found.digest or 'no digest yet: it is being built'}, and none of its "
             f"{len(found.generations):,} generations is the pinned {digest}; pin a digest that it has to go on with it",
@@ -115,6 +132,11 @@ def check_expected(found: Description, *, digest: str | None, teacher: str | Tea
         expected=_json_value(teacher),
         served=_json_value(actual),
     )
+
+
+def has_generation(described: Description, digest: str) -> bool:
+    """Some generation of the label set has this digest."""
+    return any(generation.digest == digest for generation in described.generations)
 
 
 def check_successor(before: Description, now: Description, target: str, served: str | None) -> None:
@@ -134,6 +156,13 @@ def check_successor(before: Description, now: Description, target: str, served: 
             f"{target} was replaced by another label set ({', '.join(changed)} changed): these rows are not of the "
             "one that you connected to; connect again to take it",
             expected=before.digest,
+            served=served,
+        )
+    if served is not None and not has_generation(now, served):
+        raise DigestChanged(
+            f"{target} sends rows of {served} and describes a label set without such a generation: do several servers "
+            "with different stores answer at this address?",
+            expected=now.digest,
             served=served,
         )
     # What was sealed once stays among the generations; only another label set lacks it.

@@ -2,12 +2,13 @@
 
 A request goes out in one piece. A response whose length stands in front, as our servers send it, is received straight
 into the memory that its arrays will be views of; any other is left to the standard library. Before each receive the
-time that is left is set, so that a trickle of bytes, or of header lines, ends in time; only the look-up of a host's
-name takes as long as it takes. It knows nothing of label sets, and connects directly: no proxies.
+time that is left is set, so that a trickle of bytes, or of header lines, ends in time. It knows nothing of label sets,
+and connects directly: no proxies.
 """
 
 import http.client
 import io
+import logging
 import re
 import select
 import socket
@@ -22,17 +23,23 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from logitcache.client.connecting import AnswerLate, Endpoint, remaining_s
 from logitcache.client.deadline import Deadline
 
 KEEPALIVE_S = 100.0
 """Idle seconds after which a connection is not used again: below the 120 s after which our server closes it. One that a
 proxy closed sooner is replaced."""
 
+SILENCE_S = 10.0
+"""Seconds without a byte of an answer after which a warning says what is waited for."""
+
 MOST_IDLE = 10
 """Connections that are kept for the next request."""
 
 MAX_TEXT_BYTES = 16 << 20
 """A description or a problem above this is refused; a problem that names 65,536 missing ids takes about 3 MB."""
+
+_LOG = logging.getLogger("logitcache.client")
 
 _HEAD_BYTES = 16 << 10
 
@@ -42,16 +49,8 @@ _PLAIN_HEAD = re.compile(r"HTTP/1\.1 ([2-5][0-9]{2})(?: [^\r\n]*)?((?:\r\n[\w!#$
 """A head that all readers read alike: no line that is folded, ends otherwise, or is no header."""
 
 
-class ConnectFailed(Exception):
-    """There is no connection."""
-
-
 class ConnectionBroke(Exception):
     """The connection ended before the answer did, or what came is no HTTP."""
-
-
-class AnswerLate(Exception):
-    """The deadline passed."""
 
 
 class AnswerTooLong(Exception):
@@ -109,9 +108,8 @@ class DirectTransport:
 
     def __init__(self, base_url: str, ssl_context: SSLContext | None = None) -> None:
         url = urlsplit(base_url)
-        self._address = url.hostname or "", url.port or (80 if ssl_context is None else 443)
+        self._endpoint = Endpoint(url.hostname or "", url.port or (80 if ssl_context is None else 443), ssl_context)
         self._prefix, self._host = url.path, url.netloc
-        self._ssl_context = ssl_context
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
         self._closed = False
@@ -154,7 +152,7 @@ class DirectTransport:
                     connection.deadline = deadline
                     return connection
                 connection.close()
-        return _Connection(_connected(self._address, self._ssl_context, deadline), deadline)
+        return _Connection(self._endpoint.connect(deadline), self._host, deadline)
 
     def _give_back(self, connection: "_Connection") -> None:
         with self._lock:
@@ -174,10 +172,10 @@ class DirectTransport:
 
 
 class _Connection:
-    """One TCP or TLS connection, and the deadline of the exchange that it is in."""
+    """One TCP or TLS connection to ``name``, and the deadline of the exchange that it is in."""
 
-    def __init__(self, opened: socket.socket, deadline: Deadline) -> None:
-        self._socket, self.deadline, self.idle_since_s = opened, deadline, 0.0
+    def __init__(self, opened: socket.socket, name: str, deadline: Deadline) -> None:
+        self._socket, self._name, self.deadline, self.idle_since_s = opened, name, deadline, 0.0
         self._head = bytearray(_HEAD_BYTES)
         self.close = weakref.finalize(self, opened.close)  # hangs up, also where a transport is forgotten
 
@@ -192,7 +190,7 @@ class _Connection:
         rest = memoryview(request)
         try:
             while rest:
-                self._socket.settimeout(_remaining_s(self.deadline))
+                self._socket.settimeout(remaining_s(self.deadline))
                 rest = rest[self._socket.send(rest) :]
         except TimeoutError as error:
             raise AnswerLate(str(error)) from error
@@ -202,13 +200,16 @@ class _Connection:
 
     def receive_into(self, buffer: Any) -> int:
         """Receive what has arrived, or wait for it as long as the deadline allows; 0 at the end."""
-        self._socket.settimeout(_remaining_s(self.deadline))
-        try:
-            return self._socket.recv_into(buffer)
-        except TimeoutError as error:
-            raise AnswerLate(str(error)) from error
-        except OSError as error:
-            raise ConnectionBroke(str(error)) from error
+        while True:
+            self._socket.settimeout(min(remaining_s(self.deadline), SILENCE_S))
+            try:
+                return self._socket.recv_into(buffer)
+            except TimeoutError:
+                if left_s := self.deadline.remaining_s:
+                    told = "%s has sent nothing for %g s; waiting for its answer for %.0f s more"
+                    _LOG.warning(told, self._name, SILENCE_S, left_s)
+            except OSError as error:
+                raise ConnectionBroke(str(error)) from error
 
     def receive(self, most_bytes: int) -> tuple[Answer, bool]:
         """The response, and whether the connection can be used again."""
@@ -282,49 +283,6 @@ class _Replayed(io.RawIOBase):
         if self._left < 0:
             raise AnswerTooLong("more bytes than its answer can have, framing included")
         return count
-
-
-def _connected(address: tuple[str, int], ssl_context: SSLContext | None, deadline: Deadline) -> socket.socket:
-    """A connection to the first of a host's addresses that takes it."""
-    try:
-        opened = _opened(address, deadline)
-        try:
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if ssl_context is None:
-                return opened
-            opened.settimeout(_remaining_s(deadline))
-            return ssl_context.wrap_socket(opened, server_hostname=address[0])
-        except BaseException:
-            opened.close()
-            raise
-    except TimeoutError as error:
-        raise AnswerLate(str(error)) from error
-    except (OSError, UnicodeError) as error:
-        raise ConnectFailed(str(error)) from error
-
-
-def _opened(address: tuple[str, int], deadline: Deadline) -> socket.socket:
-    """As `socket.create_connection`, which allows each address the whole time anew."""
-    refused = OSError("the name has no address")
-    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        opened = socket.socket(family, kind, protocol)
-        try:
-            opened.settimeout(_remaining_s(deadline))
-            opened.connect(place)
-            return opened
-        except OSError as error:
-            opened.close()
-            refused = error
-        except BaseException:
-            opened.close()
-            raise
-    raise refused
-
-
-def _remaining_s(deadline: Deadline) -> float:
-    if not (remaining_s := deadline.remaining_s):
-        raise AnswerLate("the time allowed for the call is over")
-    return remaining_s
 
 
 def _parse_plain(head: bytes | bytearray) -> tuple[int, dict[str, str], int] | None:

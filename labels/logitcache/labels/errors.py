@@ -7,6 +7,7 @@
     │   ├── SpecNotFound             no such module, callable or file behind a teacher or dataset SPEC
     │   ├── NotRegistered            the server's configuration has no teacher or dataset of that name
     │   ├── JobNotFound              the server has no job of that id
+    │   ├── HostNotFound             no host has the name in the address
     │   └── RowsMissing              some ids are unknown, or not labelled yet
     ├── InvalidRequest           an argument cannot be right: fix the call
     │   ├── InvalidName              not a legal label set name
@@ -16,7 +17,11 @@
     │   ├── UndeclaredTemperature    no tail was stored for that temperature
     │   ├── TooManyRows              above the limit of one request: split it
     │   ├── ShapeMismatch            two arrays disagree about rows, k or classes
-    │   └── RequestRefused           refused by HTTP itself: route, method, media type, body
+    │   ├── RequestRefused           refused by HTTP itself: route, method, media type, body
+    │   └── UntrustedServer          its certificate is refused, or it speaks no TLS
+    ├── NotAllowed               the server does not let you: ask who runs it
+    │   ├── KeyRefused               no key was sent, or none that the server knows
+    │   └── ScopeTooSmall            the key may do less than this
     ├── WrongLabels              these labels are not the ones that you mean: do not train on them
     │   ├── DigestChanged            the digest you pinned is not what is served
     │   ├── TeacherMismatch          labelled by another teacher than you asked for
@@ -121,9 +126,15 @@ class NotRegistered(NotFound):
 
 
 class JobNotFound(NotFound):
-    """No job of this id was ever asked for on this store."""
+    """No job of this id was asked for on this store, or it ended so long ago that it was removed."""
 
     code = "job-not-found"
+
+
+class HostNotFound(NotFound):
+    """No host has the name in the address. Where one had it before, `ServerUnreachable` says that it is away."""
+
+    code = "host-not-found"
 
 
 class RowsMissing(NotFound):
@@ -207,6 +218,30 @@ class RequestRefused(InvalidRequest):
     """HTTP itself refused: no such route, another method or media type, a body that does not parse."""
 
     code, status = "request-refused", 400
+
+
+class UntrustedServer(InvalidRequest):
+    """The server at an https address cannot prove that it is the one you mean; nothing was sent to it."""
+
+    code = "untrusted-server"
+
+
+class NotAllowed(LogitcacheError):
+    """The server does not let you."""
+
+    code, status = "not-allowed", 403
+
+
+class KeyRefused(NotAllowed):
+    """The server wants a key, and was sent none that it knows; keys are made with ``logitcache keys make``."""
+
+    code, status = "key-refused", 401
+
+
+class ScopeTooSmall(NotAllowed):
+    """The key is known and may do less than this; ``details["needed"]`` is the scope that may."""
+
+    code = "scope-too-small"
 
 
 class WrongLabels(LogitcacheError):

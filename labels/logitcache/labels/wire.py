@@ -23,8 +23,11 @@ from logitcache.labels.soft_labels import RowSpec, Shape, SoftLabels
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
-MAX_HEADER_BYTES = 1 << 20
-"""A longer header is refused: ours are under 1 KiB."""
+MAX_HEADER_BYTES = 64 << 10
+"""A longer header is refused: ours are under 1 KiB. What is made of one takes up to 40 times its bytes."""
+
+TOLD = 200
+"""Characters of a header that a message may repeat."""
 
 PLANS = 256
 """Shapes of bodies whose headers are kept. Longer headers than `KEPT_HEADER_BYTES` are read anew each time."""
@@ -140,7 +143,7 @@ def _read_plan(head: bytes, size: int) -> BodyPlan:
         length = math.prod(shape) * dtype.itemsize
         if begin != offset - len(head) or end - begin != length or len(head) + end > size:
             raise MalformedMessage(
-                f"array {name!r} of shape {shape} does not lie at bytes {begin} to {end} of this body"
+                f"array {name[:TOLD]!r} of shape {shape} does not lie at bytes {begin} to {end} of this body"
             )
         places.append((name, dtype, shape, offset))
         offset += length
@@ -154,21 +157,23 @@ _kept_plan = lru_cache(maxsize=PLANS)(_read_plan)
 
 def _read_header(text: bytes) -> tuple[list[tuple[str, np.dtype[Any], Shape, int, int]], dict[str, str]]:
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        # Decoded first: of bytes the library would take UTF-16, too, and a byte order mark.
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata are not texts")
+        "".join((*entries, *metadata, *metadata.values())).encode()  # refuses a lone surrogate, which is no text
         return [_read_field(name, entry) for name, entry in entries.items()], metadata
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MalformedMessage(f"the header is not one of safetensors: {error}") from None
+        raise MalformedMessage(f"the header is not one of safetensors: {str(error)[:TOLD]}") from None
 
 
-def _read_field(name: str, entry: dict[str, Any]) -> tuple[str, np.dtype[Any], Shape, int, int]:
+def _read_field(name: str, entry: Any) -> tuple[str, np.dtype[Any], Shape, int, int]:
     dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     whole = all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end))
     # NumPy bounds the product of the sides that are not 0, even where one is.
     if not whole or len(shape) > 8 or math.prod(side or 1 for side in shape) >= 2**48:
-        raise ValueError(f"array {name!r} has an impossible shape or place")
+        raise ValueError(f"array {name[:TOLD]!r} has an impossible shape or place")
     return name, dtype, shape, begin, end
 
 
@@ -256,9 +261,10 @@ def _check_rows(found: dict[str, tuple[str, Shape]], metadata: Mapping[str, str]
         spec = RowSpec(k, index_dtype, dtype, temperatures, "row_splits" in found, "target" in found)
         expected = spec.fields(rows, examples, present="present" in found)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise MalformedMessage(f"the body does not hold soft labels: {error}") from None
+        raise MalformedMessage(f"the body does not hold soft labels: {str(error)[:TOLD]}") from None
     if spec.index_dtype not in ("uint16", "uint32") or spec.dtype not in ("float16", "float32") or found != expected:
-        raise MalformedMessage(f"the body does not hold soft labels: it holds {found}, not {expected}")
+        held = str(found)[: 5 * TOLD]
+        raise MalformedMessage(f"the body does not hold soft labels: it holds {held}, not {expected}")
     if not spec.ragged and rows != examples:
         raise MalformedMessage(f"the body does not hold soft labels: {rows:,} rows of {examples:,} examples")
     return temperatures

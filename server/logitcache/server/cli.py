@@ -19,7 +19,7 @@ from logitcache.labels.errors import LogitcacheError, ShardDamaged
 from logitcache.labels.identity import check_name
 from logitcache.server.http.rows_json import fetch_rows, is_whole_number, parse_id, parse_rows, rows_to_json
 from logitcache.server.jobs.recording import recorded
-from logitcache.server.listing import page, table
+from logitcache.server.listing import keys_table, page, table
 from logitcache.server.names import not_found
 from logitcache.server.terminal import Commands, extra, sigterm_as_interrupt, store_option
 from logitcache.storage import Readable, Recording, label_set_names
@@ -158,7 +158,18 @@ def precompute(only_plan: bool, teachers: tuple[str, ...], temperatures: tuple[f
     help="info tells what is refused and what changes; debug each batch and probe, too.",
 )
 @click.option(
-    "--auth", type=click.Choice(["none"]), help="Needed to listen beyond this machine: there are no keys yet."
+    "--auth",
+    type=click.Choice(["keys", "none"]),
+    help="keys: nobody without one; none: anybody who connects.  [default: keys where the store has any]",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="A host name that the server goes by, if it has a dot and is not this machine's own; may be repeated.",
+)
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that serve together."
 )
 @click.option("--record", is_flag=True, help="Let training runs record label sets into the store.")
 @click.option(
@@ -187,6 +198,71 @@ def serve(ctx: click.Context, /, store: Path, config_file: Path | None, **option
         options |= {name: value for name, value in config.server if name not in given} | {"config": config}
         store = store if "store" in given else config.store_folder or store
     server.serve(store, **options)
+
+
+@cli.group()
+def keys() -> None:
+    """Make and revoke the keys that a server asks for.
+
+    \b
+    Example:
+      logitcache keys make trainer --scope write
+      logitcache serve --host 0.0.0.0
+    """
+
+
+def _keys(store: Path) -> Any:
+    """The keys of a store that is there."""
+    with extra("server", "keys"):
+        from logitcache.server.keys import Keys
+    label_set_names(store)
+    return Keys(store)
+
+
+@keys.command("make")
+@click.argument("name")
+@store_option
+@click.option(
+    "--scope",
+    type=click.Choice(["read", "write", "admin"]),
+    default="read",
+    show_default=True,
+    help="read: soft labels; write: also record and ask for jobs; admin: also cancel jobs.",
+)
+def make_key(name: str, store: Path, scope: Any) -> None:
+    """Make a key NAME of the store and print it: it is told here and never again.
+
+    \b
+    Example:
+      export LOGITCACHE_KEY=$(logitcache keys make trainer)
+    """
+    click.echo(_keys(store).make(name, scope))
+
+
+@keys.command("ls")
+@store_option
+def list_keys(store: Path) -> None:
+    """List the keys of the store, without what they are.
+
+    \b
+    Example:
+      logitcache keys ls
+    """
+    click.echo(keys_table((key.name, key.scope, key.made) for key in _keys(store).read()))
+
+
+@keys.command("revoke")
+@click.argument("name")
+@store_option
+def revoke_key(name: str, store: Path) -> None:
+    """Revoke the key NAME: servers refuse it within a second.
+
+    \b
+    Example:
+      logitcache keys revoke trainer
+    """
+    _keys(store).revoke(name)
+    click.echo(f"{name} is revoked")
 
 
 @cli.command("ls")

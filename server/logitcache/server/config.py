@@ -46,8 +46,24 @@ class ServerOptions(BaseModel):
     verify: Literal["strict", "background"] = "strict"
     scrub_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning"] = "info"
-    auth: Literal["none"] | None = None
+    auth: Literal["keys", "none"] | None = None
+    allow_host: list[Word] = []
     record: bool = False
+    workers: int = Field(default=1, ge=1, le=256)
+
+
+class JobOptions(BaseModel):
+    """``[jobs]``: what becomes of jobs whose process dies, and of those that ended.
+
+    ``retries`` attempts follow by themselves on one that died without committing anything; the first begins after
+    ``retry_after_s`` seconds, each other after twice as long. ``keep`` ended jobs are kept, older ones removed.
+    """
+
+    model_config = _STRICT
+
+    retries: int = Field(default=2, ge=0, le=100)
+    retry_after_s: float = Field(default=5.0, ge=0, le=3600, allow_inf_nan=False)
+    keep: int = Field(default=1000, ge=1)
 
 
 class RegisteredTeacher(BaseModel):
@@ -80,6 +96,7 @@ class Config(BaseSettings):
 
     store: Word | None = None
     server: ServerOptions = ServerOptions()
+    jobs: JobOptions = JobOptions()
     teachers: dict[Name, RegisteredTeacher] = {}
     datasets: dict[Name, RegisteredDataset] = {}
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
@@ -194,6 +211,7 @@ def _allowed(table: Sequence[str]) -> Iterable[str]:
     """The keys that a table may have."""
     tables: dict[str, type[BaseModel]] = {
         "server": ServerOptions,
+        "jobs": JobOptions,
         "teachers": RegisteredTeacher,
         "datasets": RegisteredDataset,
     }

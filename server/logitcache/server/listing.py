@@ -3,6 +3,7 @@
 Pure functions of descriptions; knows nothing of stores or of click.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 
 from logitcache.labels.identity import Identity
@@ -22,7 +23,7 @@ HEADINGS = (
     "TEACHER",
     "DIGEST",
 )
-_LEFT = frozenset({"NAME", "ALIGNMENT", "IDS", "TEACHER", "DIGEST"})
+_LEFT = frozenset({"NAME", "SCOPE", "MADE", "ALIGNMENT", "IDS", "TEACHER", "DIGEST"})
 
 _ALIGNMENTS = {"pointwise": "pointwise: a row an example", "causal": "causal: a row a token"}
 _IDS = {"ordinal": "the examples' ordinals", "integer": "whole numbers of the dataset", "text": "texts"}
@@ -36,9 +37,19 @@ def _views(identity: Identity) -> str:
 
 def table(descriptions: Iterable[Description]) -> str:
     """One aligned line a label set, under headings."""
-    rows = [HEADINGS, *(_cells(description) for description in descriptions)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    return "\n".join(_line(row, widths) for row in rows)
+    return _aligned([HEADINGS, *(_cells(description) for description in descriptions)])
+
+
+def keys_table(keys: Iterable[tuple[str, str, float]]) -> str:
+    """One aligned line a key: its name, scope, and when it was made, in seconds since the epoch."""
+    told = [(name, scope, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(made))) for name, scope, made in keys]
+    return _aligned([("NAME", "SCOPE", "MADE"), *told])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    headings = rows[0]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(_line(row, widths, headings) for row in rows)
 
 
 def _cells(description: Description) -> tuple[str, ...]:
@@ -58,10 +69,10 @@ def _cells(description: Description) -> tuple[str, ...]:
     )
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+def _line(row: Sequence[str], widths: Sequence[int], headings: Sequence[str]) -> str:
     cells = (
         text.ljust(width) if heading in _LEFT else text.rjust(width)
-        for text, width, heading in zip(row, widths, HEADINGS, strict=True)
+        for text, width, heading in zip(row, widths, headings, strict=True)
     )
     return "  ".join(cells).rstrip()
 

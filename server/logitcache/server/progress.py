@@ -5,6 +5,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from logitcache.server.under_way import UnderWay
 
 LINE_EVERY_S = 10.0
 """Seconds between two plain lines."""
@@ -41,6 +44,9 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something that a person should read, now and in the log."""
 
+    def under_way(self, told: Callable[[], str]) -> None:
+        """What is being done from now on, named as finely as can be: should the process die of it, that is known."""
+
 
 class Silent:
     """Reports nothing; for callers that are programs."""
@@ -52,6 +58,9 @@ class Silent:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def under_way(self, told: Callable[[], str]) -> None:
         """Nothing."""
 
 
@@ -87,6 +96,9 @@ class Bar:
     def note(self, text: str) -> None:
         """Print above the bar."""
         self._progress.console.print(text, highlight=False, markup=False)
+
+    def under_way(self, told: Callable[[], str]) -> None:
+        """Nothing: a person sees how far the bar is."""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -130,6 +142,9 @@ class Lines:
         """Print a line."""
         print(text, file=self._stream, flush=True)
 
+    def under_way(self, told: Callable[[], str]) -> None:
+        """Nothing: a line a batch would be too many."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -140,16 +155,30 @@ class Lines:
 
 
 class ProgressFile(Lines):
-    """The lines, and a JSON file that always says how far it is: replaced whole, so a reader sees no half of it."""
+    """The lines, and a JSON file that always says how far it is: replaced whole, so a reader sees no half of it.
+
+    Beside it stands what is under way, for whoever finds the process dead.
+    """
 
     def __init__(self, stream: TextIO, path: Path) -> None:
         super().__init__(stream)
         self._path, self._next_file = path, 0.0
+        self._under_way = UnderWay(path.parent)
 
     def begin(self, activity: str, rows: int, unit: str = "rows") -> None:
         """Print the activity, and write it down."""
         super().begin(activity, rows, unit)
+        self._under_way.say("")
         self._write()
+
+    def under_way(self, told: Callable[[], str]) -> None:
+        """Write it down."""
+        self._under_way.say(told())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._under_way.__exit__(kind, error, trace)
 
     def advance(self, rows: int) -> None:
         """Print a line and write the file, each if it is time."""

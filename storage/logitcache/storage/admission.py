@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.labels.errors import ShardDamaged, StorageFault
+from logitcache.labels.errors import InvalidIds, ShardDamaged, StorageFault
 from logitcache.labels.identity import canonical_json, sha256_hex
+from logitcache.labels.ids import text_keys
 from logitcache.storage.files import Files
-from logitcache.storage.layout import Layout
+from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.places import Places
+from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, status
 from logitcache.storage.records import Commit
 
 Stamp = tuple[int, int, int]
@@ -29,15 +32,17 @@ Stamp = tuple[int, int, int]
 RACY_NS = 2_000_000_000
 """A file changed less long ago than this may be changed again within one tick of its file system's clock."""
 
-_HASH_BLOCK_BYTES = 1 << 20
+MAX_NOTE_BYTES = 1 << 20
+"""Stamps longer than this are ignored: there is one of some fifty bytes for each of at most 6,000 shards."""
 
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A committed shard's files, open and of the right size; ``handles`` by the names of its parts."""
+    """A committed shard's files, open and of the right size; ``handles`` and ``paths`` by the names of its parts."""
 
     shard: int
     handles: dict[str, int]
+    paths: dict[str, Path]
     stamps: tuple[Stamp, ...]
 
 
@@ -46,14 +51,16 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
     """Open a committed shard's files.
 
     Raises:
-        ShardDamaged: one is missing, or of another size than its commit says.
+        ShardDamaged: one is missing, no regular file, or of another size than its commit says.
+        StorageFault: one cannot be opened.
     """
     handles: dict[str, int] = {}
+    paths: dict[str, Path] = {}
     stamps: list[Stamp] = []
     try:
         for name, part in commit.parts.items():
-            path = places.part(layout, name, commit.shard)
-            handles[name] = _open(path, name, commit.shard)
+            path = paths[name] = places.part(layout, name, commit.shard)
+            handles[name] = _open(places, path, name, commit.shard)
             status = os.fstat(handles[name])
             if status.st_size != part.bytes:
                 raise ShardDamaged(
@@ -61,61 +68,85 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
                     shard=commit.shard,
                 )
             stamps.append((status.st_ino, status.st_size, status.st_ctime_ns))
-        yield OpenShard(commit.shard, handles, tuple(stamps))
+        yield OpenShard(commit.shard, handles, paths, tuple(stamps))
     finally:
         for handle in handles.values():
             os.close(handle)
 
 
-def _open(path: Path, name: str, shard: int) -> int:
+def _open(places: Places, path: Path, name: str, shard: int) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        # Out of handles or memory is this process's trouble: the shard must not be condemned for it.
-        if isinstance(error, FileNotFoundError) or path.is_symlink():
-            raise ShardDamaged(
-                f"shard {shard}: {name}/{path.name} is missing ({error.strerror})", shard=shard
-            ) from None
-        raise StorageFault(f"{path}: {error.strerror}", path=str(path)) from error
+        return open_file(places.root, path, ShardDamaged)
+    except FileNotFoundError:
+        raise ShardDamaged(f"shard {shard}: {name}/{path.name} is missing", shard=shard) from None
+    except ShardDamaged as error:
+        raise ShardDamaged(f"shard {shard}: {error.message}", shard=shard) from None
 
 
 def read_part(places: Places, layout: Layout, commit: Commit, name: str) -> bytes:
-    """One of a committed shard's files as a whole, hashed.
+    """One of a committed shard's files, hashed as a whole; unused slots are cut off.
 
     Raises:
         ShardDamaged: it is missing, or does not hash to what its commit says.
         StorageFault: it cannot be read.
     """
     path, part = places.part(layout, name, commit.shard), commit.parts[name]
-    handle = _open(path, name, commit.shard)
+    array = layout.arrays.get(name)
+    used = part.bytes if array is None else layout.used(array, commit.shard) * array.row_bytes
+    handle = _open(places, path, name, commit.shard)
     try:
         if os.fstat(handle).st_size != part.bytes:
             raise ShardDamaged(f"shard {commit.shard}: {name}/{path.name} has another size", shard=commit.shard)
-        data = b"".join(_blocks(handle))
+        refuse_holes(handle, used, path, ShardDamaged)
+        state, kept, rest = hashlib.sha256(), [], used
+        for block in blocks(handle, part.bytes, path):
+            state.update(block)
+            kept.append(block[:rest])
+            rest -= len(kept[-1])
     finally:
         os.close(handle)
-    if sha256_hex(data) != part.sha256:
-        raise _other_bytes(commit, name, sha256_hex(data))
-    return data
+    if (found := state.hexdigest()) != part.sha256:
+        raise _other_bytes(commit, name, found)
+    return b"".join(kept)
 
 
 def stored_rows(places: Places, layout: Layout, commit: Commit, name: str) -> np.ndarray:
     """One array of a committed shard, hashed, unused slots cut off; errors as in `read_part`."""
     array = layout.arrays[name]
     stored = np.frombuffer(read_part(places, layout, commit, name), array.dtype)
-    return stored.reshape(-1, *array.row_shape)[: layout.used(array, commit.shard)]
+    return stored.reshape(-1, *array.row_shape)
 
 
-def check_hashes(files: OpenShard, commit: Commit) -> None:
+def stored_texts(places: Places, layout: Layout, commit: Commit) -> list[str]:
+    """Text ids of a committed shard's examples; errors as in `read_part`.
+
+    Raises:
+        ShardDamaged: also where they are not those that its ids are the keys of.
+    """
+    shard, keys = commit.shard, stored_rows(places, layout, commit, "ids")
+    try:
+        texts = parsed(read_part(places, layout, commit, TEXTS))
+        if isinstance(texts, list) and len(texts) == len(keys) and np.array_equal(text_keys(texts), keys):
+            return texts
+    except (ValueError, InvalidIds):
+        pass  # told below
+    raise ShardDamaged(f"shard {shard}: its texts are not those of its ids, and were committed so", shard=shard)
+
+
+def check_hashes(files: OpenShard, commit: Commit, stopped: threading.Event | None = None) -> None:
     """Hash every file of a shard, at disk speed.
 
     Raises:
         ShardDamaged: one does not hash to what its commit says.
-        StorageFault: one cannot be read.
+        StorageFault: one cannot be read, or ``stopped`` was set meanwhile.
     """
     for name, handle in files.handles.items():
-        found = _sha256(handle)
-        if found != commit.parts[name].sha256:
+        state = hashlib.sha256()
+        for block in blocks(handle, commit.parts[name].bytes, files.paths[name]):
+            if stopped is not None and stopped.is_set():
+                raise StorageFault(f"shard {commit.shard} was not verified: its label set was closed meanwhile")
+            state.update(block)
+        if (found := state.hexdigest()) != commit.parts[name].sha256:
             raise _other_bytes(commit, name, found)
 
 
@@ -127,32 +158,14 @@ def _other_bytes(commit: Commit, name: str, found: str) -> ShardDamaged:
     )
 
 
-def _sha256(handle: int) -> str:
-    state = hashlib.sha256()
-    for block in _blocks(handle):
-        state.update(block)
-    return state.hexdigest()
-
-
-def _blocks(handle: int) -> Iterator[bytes]:
-    """A file's bytes, read and not mapped: a file that is truncated meanwhile is an error, and not SIGBUS."""
-    offset = 0
-    try:
-        while block := os.pread(handle, _HASH_BLOCK_BYTES, offset):
-            yield block
-            offset += len(block)
-    except OSError as error:
-        raise StorageFault(f"a file of a shard cannot be read: {error.strerror}") from error
-
-
 class Stamps:
     """Which files hashed right the last time, on this machine; kept in one small file that may always be deleted."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._changed = path, False
         self._known: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            self._known.update(json.loads(path.read_bytes()))
+        with contextlib.suppress(OSError, StorageFault, ValueError, TypeError):
+            self._known.update(parsed(read_file(path.parent, path, MAX_NOTE_BYTES)))
 
     def match(self, files: OpenShard, commit: Commit) -> bool:
         """Are these the very files that hashed right for this very commit?"""
@@ -183,17 +196,19 @@ def _mark(files: OpenShard, commit: Commit) -> str:
 def quarantine(places: Places, layout: Layout, shard: int, problem: str, files: Files) -> Path:
     """Withdraw a shard and move its files aside; the caller holds the writer's lock.
 
-    The commit goes first, so that a reader never finds a commit without files; the folder says what was wrong.
+    The commit goes first, so that a reader never finds a commit without files; the folder says what was wrong. That no
+    folder on the way is a symbolic link was seen to when the lock was taken.
     """
     folder = places.quarantine / f"{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09}-shard-{shard}"
-    files.make_folder(places.quarantine)
-    files.make_folder(folder)
-    if places.commit(shard).exists():
+    for each in (places.quarantine, folder):
+        files.make_folder(each)
+        files.fsync(each.parent)
+    if status(places.commit(shard)) is not None:
         files.rename(places.commit(shard), folder / "commit.json")
         files.fsync(places.commits)
     for name in layout.parts:
         path = places.part(layout, name, shard)
-        if path.exists() or path.is_symlink():
+        if status(path) is not None:
             files.rename(path, folder / f"{name}.{path.name}")
     with contextlib.suppress(StorageFault):
         files.write(folder / "problem.txt", f"{problem}\n".encode())

@@ -30,12 +30,14 @@ class Files:
 
         The zeros are a hole: where the file system has those, they take no space.
         """
-        with explained(path), path.open("xb", buffering=0) as file:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[file.write(rest) :]
-            if size is not None and size > len(memoryview(data).cast("B")):
-                file.truncate(size)
+        with explained(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                end = self._put_all(handle, data, 0)
+                if size is not None and size > end:
+                    os.ftruncate(handle, size)
+            finally:
+                os.close(handle)
 
     def fsync(self, path: Path) -> None:
         """Return when a file's content, or a folder's list of names, would survive a power cut."""
@@ -74,10 +76,7 @@ class Files:
     def append(self, handle: int, path: Path, end: int, data: Bytes) -> None:
         """Write at the end of an open file, which is ``end``; it would survive a power cut when this returns."""
         with explained(path):
-            rest = memoryview(data).cast("B")
-            while rest:
-                written = os.pwrite(handle, rest, end)
-                rest, end = rest[written:], end + written
+            self._put_all(handle, data, end)
             os.fdatasync(handle)
 
     def cut(self, handle: int, path: Path, end: int) -> None:
@@ -85,6 +84,29 @@ class Files:
         with explained(path):
             os.ftruncate(handle, end)
             os.fsync(handle)
+
+    def put(self, handle: int, data: memoryview, at: int) -> int:
+        """One write to an open file from byte ``at`` on: how many bytes the system took, which may be fewer."""
+        return os.pwrite(handle, data, at)
+
+    def _put_all(self, handle: int, data: Bytes, at: int) -> int:
+        """Write all of it from byte ``at`` on; where it ends."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            written = self.put(handle, rest, at)
+            rest, at = rest[written:], at + written
+        return at
+
+    def sync_names(self, folder: Path, *inside: Path) -> None:
+        """Return when the names in a label set's folder and in these inside it, and its own, would survive a power cut.
+
+        Whoever takes up what a killed process left believes names that it may not have synced.
+        """
+        for each in (*inside, folder, folder.parent):
+            self.fsync(each)
+        # That of the store is in a folder which may be another's, and not ours to open.
+        with contextlib.suppress(StoreNotWritable):
+            self.fsync(folder.parent.parent)
 
     def publish(self, staged: Path, final: Path) -> None:
         """Link an already synced file to its final name and drop the staging name; the folder is still to be synced."""

@@ -284,5 +284,6 @@ class Layout:
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "fill_value": 0,
             "dimension_names": list(array.dimensions),
         }

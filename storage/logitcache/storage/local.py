@@ -4,7 +4,6 @@ Fetching is: ids to rows, are those rows served, one ``np.take`` an array straig
 look whether a shard was withdrawn meanwhile. It imports neither the Zarr library nor torch.
 """
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,12 +33,13 @@ from logitcache.labels.label_set import Shards as ShardCounts
 from logitcache.labels.missing import AGAIN, NOT_YET, rows_missing
 from logitcache.labels.ranges import check_ranges
 from logitcache.labels.soft_labels import SoftLabels, splits_of
-from logitcache.storage.admission import read_part, stored_rows
+from logitcache.storage.admission import stored_rows, stored_texts
 from logitcache.storage.asked import Asked, asked_for
 from logitcache.storage.gather import gather_rows, gather_runs, mark_missing
 from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.paging import Paging
 from logitcache.storage.places import Places
+from logitcache.storage.reading import status
 from logitcache.storage.records import Commit, Generation
 from logitcache.storage.served import ServedTally
 from logitcache.storage.shards import ShardReport, Shards, Verify
@@ -73,6 +73,7 @@ class LocalLabelSet:
     Raises:
         StoreNotFound, LabelSetNotFound: no such folder, or nothing in it yet.
         NotALabelSet, NewerFormat: the folder holds something that this version cannot read.
+        StorageFault: the folder is a symbolic link or holds one, or cannot be read.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class LocalLabelSet:
         self.name = self.path.name
         if not is_folder(self.path.parent):
             raise StoreNotFound(f"there is no store {self.path.parent}: no such folder")
-        if not self.path.is_dir():
+        if not is_folder(self.path):
             raise LabelSetNotFound(
                 f"there is no label set {self.name!r} in {self.path.parent}", available=names_in(self.path.parent)
             )
-        if not (self.path / "zarr.json").exists() and (inside := names_in(self.path)):
+        if status(self.path / "zarr.json") is None and (inside := names_in(self.path)):
             raise NotALabelSet(f"{self.path} is a store and not a label set: name one in it ({shown(inside)})")
         self._limits = limits or Limits()
         self._shards = Shards(Places(self.path), verify, scrub_s)
@@ -201,7 +202,7 @@ class LocalLabelSet:
         keys = np.concatenate([stored_rows(places, layout, commit, "ids") for commit in commits])
         if self.identity.ids == "integer":
             return Ids(keys)
-        return as_ids([text for commit in commits for text in json.loads(read_part(places, layout, commit, TEXTS))])
+        return as_ids([text for commit in commits for text in stored_texts(places, layout, commit)])
 
     def is_at_hand(self, examples: int) -> bool:
         """A fetch of so many examples is quick and touches no disk, as far as can be told: `FEW_EXAMPLES`, and

@@ -5,27 +5,33 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import weakref
 from pathlib import Path
 from types import TracebackType
 
-from logitcache.labels.errors import LabelSetLocked
+from logitcache.labels.errors import LabelSetLocked, StorageFault
 from logitcache.storage.files import explained
+from logitcache.storage.reading import refuse_links
 
 
 class WriterLock:
     """Held from construction to `release`: this process alone changes the label set.
 
-    The kernel gives the lock up when the process ends; the file stays and says who held it last.
+    The kernel gives the lock up when the process ends; the file stays and says who held it last. Who holds it moves and
+    removes files, so it is not given where a symbolic link in the label set would lead that elsewhere.
 
     Raises:
         LabelSetLocked: another process, or another holder in this one, has it.
         StoreNotWritable: the lock file cannot be opened for writing.
+        StorageFault: the label set's folder is a symbolic link or holds one, or the lock is no file.
     """
 
     def __init__(self, path: Path) -> None:
         with explained(path):
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            refuse_links(path.parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._handle = os.open(path, flags, 0o644)
             try:
                 self._take(path)
             except BaseException:
@@ -34,6 +40,9 @@ class WriterLock:
         _held.add(self)
 
     def _take(self, path: Path) -> None:
+        found = os.fstat(self._handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise StorageFault(f"{path} is not a regular file: remove it", path=str(path))
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,6 +52,8 @@ class WriterLock:
                 "wait for it, or stop it; nothing was changed",
                 label_set=path.parent.name,
             ) from None
+        if found.st_nlink > 1:
+            return  # Whose other name it is cannot be told: it is not written to.
         # The note is for people; on a full disk the lock holds without it.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)

@@ -5,10 +5,10 @@ The file is an array of slots of equal size. A frame is one slot that says what 
     header   magic, number of rows, checksum, kind, rank, sitting; the rest of the slot zero
     row      place, step, fingerprint, position; the fields of the row
 
-The checksum is XXH3-64, seeded with the header's slot number, over the header (its own field zero) and the rows: a
-frame counts whole or not at all, and at its own place alone. Frames are written one after the other, each durable
-before the next is begun, so that a crash tears the last one at most; that was not acknowledged. Knows no ids, and not
-what a frame means.
+The checksum is XXH3-64, seeded with the log's own number plus the header's slot number, over the header (its own field
+zero) and the rows: a frame counts whole or not at all, at its own place alone, and in its own log. Frames are written
+one after the other, each durable before the next is begun, so that a crash tears the last one at most; that was not
+acknowledged. Knows no ids, and not what a frame means.
 """
 
 import mmap
@@ -22,9 +22,10 @@ import numpy as np
 import xxhash
 from jaxtyping import Int64, UInt8
 
-from logitcache.labels.errors import ShardDamaged, StorageFault, TooManyRows
+from logitcache.labels.errors import InvalidRequest, ShardDamaged, StorageFault, TooManyRows
 from logitcache.labels.soft_labels import RowSpec
 from logitcache.storage.files import Files, explained
+from logitcache.storage.reading import LARGE_BYTES, open_file
 
 MAGIC = b"LCLOG\x00\x01\n"
 
@@ -33,7 +34,14 @@ HEADER = np.dtype(
 )
 
 MOST_FRAME_ROWS = 1 << 24
-"""A header that tells more rows is none of ours."""
+MOST_FRAME_BYTES = 1 << 30
+"""A header that tells more rows, or rows of more bytes, is none of ours."""
+
+MOST_ROW_BYTES = 1 << 28
+"""Wider rows are not recorded."""
+
+_SCANNED_BYTES = 1 << 20
+"""Bytes behind the last whole frame that are looked through at once."""
 
 
 class Kind(IntEnum):
@@ -57,8 +65,22 @@ class Frame:
     rows: int
 
 
+def check_width(spec: RowSpec) -> None:
+    """Refuse rows that are too wide for a frame.
+
+    Raises:
+        InvalidRequest: they are.
+    """
+    if spec.row_bytes > MOST_ROW_BYTES:
+        raise InvalidRequest(
+            f"a row of k={spec.k:,} has {spec.row_bytes:,} bytes, {MOST_ROW_BYTES:,} are recorded: store fewer classes"
+        )
+
+
 def slot_dtype(spec: RowSpec) -> np.dtype:
-    """What a row takes in the log, for rows of this kind: whole 8-byte words, and no less than a header."""
+    """What a row takes in the log, for rows of this kind, which `check_width` lets pass: whole 8-byte words, and no
+    less than a header.
+    """
     fields: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]] = [
         ("place", "<i8"),
         ("step", "<i8"),
@@ -86,20 +108,27 @@ def slot_dtype(spec: RowSpec) -> np.dtype:
 class Log:
     """A log that is read: by its writer, or while another process appends. One thread at a time follows it.
 
+    ``number`` is the log's own, drawn when its recording was begun: frames of another log are none of it.
+
     Attributes:
         end: slots of the frames that were read; what follows is not there yet, or torn.
 
     Raises:
-        StorageFault: it cannot be opened.
+        StorageFault: it is not there, no regular file, or cannot be opened.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.path, self.dtype = path, dtype
+    def __init__(self, path: Path, dtype: np.dtype, number: int) -> None:
+        self.path, self.dtype, self.number = path, dtype, number
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise StorageFault(f"{path}: {error.strerror}", path=str(path)) from error
+            self._handle = open_file(path.parent.parent, path)
+        except FileNotFoundError:
+            raise StorageFault(f"{path} is missing: restore it", path=str(path)) from None
         self.rewind()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that a frame may have."""
+        return min(MOST_FRAME_ROWS, MOST_FRAME_BYTES // self.dtype.itemsize - 1)
 
     def rewind(self) -> None:
         """Read it from its beginning again."""
@@ -130,14 +159,30 @@ class Log:
             return None
         header = head[0, : HEADER.itemsize].view(HEADER)[0]
         count, kind = int(header["rows"]), int(header["kind"])
-        if bytes(header["magic"]) != MAGIC or count > MOST_FRAME_ROWS or kind not in set(Kind):
+        if bytes(header["magic"]) != MAGIC or count > self.most_rows or kind not in set(Kind):
             return None
+        if (1 + count) * self.dtype.itemsize > LARGE_BYTES and not self._is_whole(at, count):
+            return None  # before there is memory for it: most of it may be a hole
         frame = self._read(at, 1 + count)
-        if frame is None or int(header["checksum"]) != _checksum(frame, at):
+        if frame is None or int(header["checksum"]) != _checksum(frame, self.number + at):
             return None
         rows = frame[1:].reshape(-1).view(self.dtype)
         self._last, self._last_header = at, header.tobytes()
         return Frame(Kind(kind), int(header["rank"]), int(header["sitting"]), at + 1, count), rows
+
+    def _is_whole(self, at: int, count: int) -> bool:
+        """The frame of so many rows whose header is in this slot hashes right, read piece by piece."""
+        several = max(1, _SCANNED_BYTES // self.dtype.itemsize)
+        head = self._read(at, 1)
+        if head is None or self._read(at + count, 1) is None:
+            return False
+        state = _begun_checksum(head[0], self.number + at)
+        for first in range(at + 1, at + 1 + count, several):
+            rows = self._read(first, min(several, at + 1 + count - first))
+            if rows is None:
+                return False
+            state.update(rows.data)
+        return int(head[0, : HEADER.itemsize].view(HEADER)[0]["checksum"]) == state.intdigest()
 
     def _read(self, at: int, slots: int) -> UInt8[np.ndarray, "slots bytes"] | None:
         """So many slots from one on, None if the file has fewer."""
@@ -157,17 +202,28 @@ class Log:
         """Something follows the last whole frame.
 
         Raises:
-            ShardDamaged: whole frames follow it, so it was changed and not torn: what was acknowledged is lost.
+            ShardDamaged: another frame begins behind it, or it is more than a torn frame can be, so it was changed and
+                not torn: what was acknowledged is lost. No row begins as a frame does: its place is a small number.
         """
-        size, at = os.fstat(self._handle).st_size, self.end
-        while (head := self._read(at, 1)) is not None:
-            if at > self.end and bytes(head[0, : len(MAGIC)]) == MAGIC and self._frame(at) is not None:
-                raise ShardDamaged(
-                    f"{self.path} is damaged at byte {self.end * self.dtype.itemsize:,}: rows that were recorded there "
-                    "are lost, and others follow; restore it, or record under another name"
-                )
-            at += 1
-        return size > self.end * self.dtype.itemsize
+        rest = os.fstat(self._handle).st_size - self.end * self.dtype.itemsize
+        if rest > MOST_FRAME_BYTES or self._begins_behind():
+            raise ShardDamaged(
+                f"{self.path} is damaged at byte {self.end * self.dtype.itemsize:,}: rows that were recorded there "
+                "are lost, and others follow; restore it, or record under another name"
+            )
+        return rest > 0
+
+    def _begins_behind(self) -> bool:
+        """A slot behind the first torn one begins as a frame does."""
+        several = max(1, _SCANNED_BYTES // self.dtype.itemsize)
+        slots = os.fstat(self._handle).st_size // self.dtype.itemsize
+        for at in range(self.end + 1, slots, several):
+            read = self._read(at, min(several, slots - at))
+            if read is not None:
+                begun = (read[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
+                if begun.any():
+                    return True
+        return False
 
     def rows(self, slots: Int64[np.ndarray, " rows"]) -> np.ndarray:
         """Rows in these slots, which belong to frames that were read: a copy, (rows,) of the slots' dtype."""
@@ -225,14 +281,14 @@ class LogWriter:
         if log.is_removed:
             raise StorageFault(f"{log.path} was removed while rows were recorded: begin to record again")
         count = 0 if rows is None else len(rows)
-        if count > MOST_FRAME_ROWS:
-            raise TooManyRows(f"{count:,} rows in one batch, {MOST_FRAME_ROWS:,} are recorded at once: split it")
+        if count > log.most_rows:
+            raise TooManyRows(f"{count:,} rows in one batch, {log.most_rows:,} are recorded at once: split it")
         frame = np.zeros((1 + count, size), np.uint8)
         header = frame[0, : HEADER.itemsize].view(HEADER)
         header[0] = (MAGIC, count, 0, kind, rank, sitting)
         if rows is not None:
             frame[1:].view(log.dtype)[:, 0] = rows
-        header["checksum"] = _checksum(frame, log.end)
+        header["checksum"] = _checksum(frame, log.number + log.end)
         try:
             self._files.append(self._handle, log.path, log.end * size, frame.data)
         except BaseException:
@@ -249,10 +305,14 @@ class LogWriter:
             self._handle = -1
 
 
-def _checksum(frame: UInt8[np.ndarray, "slots bytes"], at: int) -> int:
-    """Checksum of a frame whose header is in slot ``at``; its own field counts as zero."""
-    header = frame[0].copy()
-    header[: HEADER.itemsize].view(HEADER)["checksum"] = 0
-    state = xxhash.xxh3_64(header, seed=at)
+def _checksum(frame: UInt8[np.ndarray, "slots bytes"], seed: int) -> int:
+    """Checksum of a frame; its own field counts as zero."""
+    state = _begun_checksum(frame[0], seed)
     state.update(frame[1:].reshape(-1).data)
     return int(state.intdigest())
+
+
+def _begun_checksum(head: UInt8[np.ndarray, " bytes"], seed: int) -> xxhash.xxh3_64:
+    header = head.copy()
+    header[: HEADER.itemsize].view(HEADER)["checksum"] = 0
+    return xxhash.xxh3_64(header.data, seed=seed % 2**64)

@@ -11,6 +11,7 @@ from logitcache.labels.errors import LogitcacheError, ShardDamaged
 from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
+from logitcache.storage.reading import status
 from logitcache.storage.records import Commit, Generation, numbered, read_generations
 from logitcache.storage.state import FileKey, State
 
@@ -51,28 +52,20 @@ def signature(places: Places) -> Signature:
 
 
 def _changed_ns(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+    found = status(folder)
+    return 0 if found is None else found.st_mtime_ns
 
 
 def group_key(places: Places) -> FileKey:
     """Key of the manifest; (0, 0) when there is none."""
-    try:
-        status = places.group.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_ino, status.st_mtime_ns
+    found = status(places.group)
+    return (0, 0) if found is None else (found.st_ino, found.st_mtime_ns)
 
 
 def commit_key(places: Places, shard: int) -> FileKey | None:
     """Key of a shard's commit, or None when there is none."""
-    try:
-        status = places.commit(shard).stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_ctime_ns
+    found = status(places.commit(shard))
+    return None if found is None else (found.st_ino, found.st_ctime_ns)
 
 
 def grown_layout(places: Places, state: State, keys: dict[int, FileKey]) -> Layout | None:

@@ -3,7 +3,6 @@
 Reading checks everything against what this version would have written, before anything is allocated or mapped.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from logitcache.labels.identity import FORMAT_VERSION, Identity
 from logitcache.storage.layout import Layout
 from logitcache.storage.packing import MOST_SHARDS, MOST_SLOTS, QUANTUM
 from logitcache.storage.places import Places
+from logitcache.storage.reading import parsed, read_file, refuse_links, status
 
 MAX_METADATA_BYTES = 1 << 20
 """A longer zarr.json is refused unread."""
@@ -24,22 +24,36 @@ def read_layout(root: Path) -> Layout:
         LabelSetNotFound: there is no such folder, or no label set was begun in it.
         NewerFormat: a newer logitcache wrote it.
         NotALabelSet: the folder holds something else, or its metadata are damaged.
+        StorageFault: the folder is a symbolic link or holds one, or cannot be read.
     """
     places = Places(root)
-    if not places.group.is_file():
-        if root.exists() and not places.lock.exists():
-            raise NotALabelSet(f"{root} is not a label set: it has no zarr.json")
-        raise LabelSetNotFound(f"there is no label set in {root}; make it with `logitcache precompute {root.name} ...`")
-    layout = _layout(root, _read_json(places.group))
+    try:
+        refuse_links(root)
+        group = _read_json(root, places.group)
+    except FileNotFoundError:
+        if status(root) is not None and status(places.lock) is None:
+            raise NotALabelSet(f"{root} is not a label set: it has no zarr.json") from None
+        raise LabelSetNotFound(
+            f"there is no label set in {root}; make it with `logitcache precompute {root.name} ...`"
+        ) from None
+    layout = _layout(root, group)
     for array in layout.arrays.values():
         path = root / array.name / "zarr.json"
-        found, expected = _read_json(path), layout.array_metadata(array)
+        try:
+            found = _read_json(root, path)
+        except FileNotFoundError:
+            raise NotALabelSet(
+                f"{path} is missing: the label set is damaged; restore it, or precompute it anew"
+            ) from None
+        expected = layout.array_metadata(array)
         wrong = [key for key, value in expected.items() if found.get(key) != value]
         if not _holds(found.get("shape"), shape := list(layout.array_shape(array))):
             wrong, expected = [*wrong, "shape"], expected | {"shape": shape}
+        if found.get("storage_transformers"):
+            wrong, expected = [*wrong, "storage_transformers"], expected | {"storage_transformers": []}
         if wrong:
             raise NotALabelSet(
-                f"{path}: {wrong[0]} is {found.get(wrong[0])!r}, not {expected[wrong[0]]!r}; "
+                f"{path}: {wrong[0]} is {found.get(wrong[0])!r:.200}, not {expected[wrong[0]]!r}; "
                 "the array was changed after it was made: restore it, or precompute the label set anew"
             )
     return layout
@@ -50,12 +64,13 @@ def _layout(root: Path, group: dict[str, Any]) -> Layout:
     manifest = attributes.get("logitcache") if isinstance(attributes, dict) else None
     if not isinstance(manifest, dict):
         raise NotALabelSet(
-            f"{root} is a Zarr {group.get('node_type', 'node')} that logitcache did not write; name another"
+            f"{root} is a Zarr {group.get('node_type', 'node')!s:.20} that logitcache did not write; name another"
         )
     version = manifest.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise NewerFormat(
-            f"{root} has format version {version}, this logitcache reads up to {FORMAT_VERSION}: upgrade logitcache",
+            f"{root} has format version {version!s:.40}, this logitcache reads up to {FORMAT_VERSION}: "
+            "upgrade logitcache",
             found=version,
             supported=FORMAT_VERSION,
         )
@@ -68,7 +83,7 @@ def _layout(root: Path, group: dict[str, Any]) -> Layout:
             **_shards(manifest, identity.views if identity.alignment == "pointwise" else None),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise NotALabelSet(f"{root}/zarr.json: the manifest is damaged: {error}") from None
+        raise NotALabelSet(f"{root}/zarr.json: the manifest is damaged: {error!s:.200}") from None
 
 
 def _holds(found: Any, shape: list[int]) -> bool:
@@ -110,15 +125,11 @@ def _shards(manifest: dict[str, Any], rows_each: int | None) -> dict[str, tuple[
     return {"shard_examples": tuple(examples), "shard_rows": tuple(rows)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(root: Path, path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise NotALabelSet(f"{path} is too long to be a label set's")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise NotALabelSet(f"{path} is missing: the label set is damaged; restore it, or precompute it anew") from None
-    except (ValueError, RecursionError) as error:
-        raise NotALabelSet(f"{path} is not JSON: {error}") from None
+        value = parsed(read_file(root, path, MAX_METADATA_BYTES, NotALabelSet))
+    except ValueError as error:
+        raise NotALabelSet(f"{path} is not JSON: {error!s:.200}") from None
     if not isinstance(value, dict):
         raise NotALabelSet(f"{path} is not a JSON object")
     return value

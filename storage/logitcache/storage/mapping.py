@@ -5,6 +5,7 @@ caller must know which shards are. Gathering random rows is then one ``np.take``
 It trusts the files it is given: `admission` checks them before.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -35,6 +36,23 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+
+def zeros(count: int) -> Int64[np.ndarray, " count"]:
+    """Zeros to write to; memory is taken a page at a time, where they are written.
+
+    Raises:
+        StorageFault: there are no addresses for so many.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    try:
+        memory = mmap.mmap(-1, count * 8, flags=flags)
+    except (OSError, OverflowError, ValueError) as error:
+        raise StorageFault(f"cannot reserve {count * 8:,} bytes of address space: {error}") from error
+    # A kernel without huge pages refuses, and need not be told.
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int64)
 
 
 class MappedArray:

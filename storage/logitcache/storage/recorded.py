@@ -4,8 +4,11 @@ The log may hold several rows of one view of an example. The one of the latest s
 the one whose bytes are the largest: whatever order they arrived in, it is the same one. Changes no file.
 """
 
-import json
+import os
+import re
+import secrets
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +16,35 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
-from logitcache.labels.errors import InvalidIds, LabelSetNotFound, NewerFormat, NotALabelSet, ShardDamaged
+from logitcache.labels.errors import (
+    InvalidIds,
+    InvalidRequest,
+    LabelSetNotFound,
+    NewerFormat,
+    NotALabelSet,
+    ShardDamaged,
+)
 from logitcache.labels.identity import FORMAT_VERSION, canonical_json, sha256_hex
 from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import row_spec
 from logitcache.labels.recorded import RecordingTerms
-from logitcache.storage.files import explained
 from logitcache.storage.id_index import IdIndex
-from logitcache.storage.log import Frame, Kind, Log, slot_dtype
+from logitcache.storage.log import Frame, Kind, Log, check_width, slot_dtype
 from logitcache.storage.manifest import MAX_METADATA_BYTES
+from logitcache.storage.mapping import zeros
 from logitcache.storage.places import Places
+from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, refuse_links
+from logitcache.storage.records import MAX_TEXT_JSON_BYTES
+
+_SCANNED = 1 << 20
+"""Examples that are looked through at once: what is recorded of them costs memory, what is not costs none."""
 
 
 def terms_content(terms: RecordingTerms, ids: bytes | None) -> bytes:
-    """Content of ``recording.json``."""
+    """Content of ``recording.json``, with a number for its log that is drawn anew each time."""
     told = None if ids is None else {"bytes": len(ids), "sha256": sha256_hex(ids)}
-    return canonical_json({"format_version": FORMAT_VERSION, "terms": terms.to_json(), "ids": told})
+    log = secrets.token_hex(8)
+    return canonical_json({"format_version": FORMAT_VERSION, "terms": terms.to_json(), "ids": told, "log": log})
 
 
 def ids_content(ids: Ids | None) -> bytes | None:
@@ -40,46 +56,61 @@ def ids_content(ids: Ids | None) -> bytes | None:
     return ids.keys.astype("<i8").tobytes()
 
 
-def read_terms(places: Places) -> tuple[RecordingTerms, dict[str, Any] | None]:
-    """The terms of the recording in a folder, and what its ids hash to.
+def read_terms(places: Places) -> tuple[RecordingTerms, dict[str, Any] | None, int]:
+    """The terms of the recording in a folder, what its ids hash to, and its log's number.
 
     Raises:
         LabelSetNotFound: nothing is recorded there.
         NewerFormat, NotALabelSet: what is there cannot be read.
+        StorageFault: the folder is a symbolic link or holds one, or cannot be read.
     """
     path = places.recording
-    if not path.exists():
-        raise LabelSetNotFound(f"nothing is being recorded in {places.root}")
     try:
-        with explained(path):
-            if path.stat().st_size > MAX_METADATA_BYTES:
-                raise NotALabelSet(f"{path} is too long to be a recording's")
-            content = json.loads(path.read_bytes())
+        refuse_links(places.root)
+        data = read_file(places.root, path, MAX_METADATA_BYTES, NotALabelSet)
+    except FileNotFoundError:
+        raise LabelSetNotFound(f"nothing is being recorded in {places.root}") from None
+    try:
+        content = parsed(data)
         version = content["format_version"]
         if type(version) is int and version > FORMAT_VERSION:
             raise NewerFormat(
-                f"{path} has format version {version}, this logitcache reads up to {FORMAT_VERSION}: upgrade logitcache"
+                f"{path} has format version {version!s:.40}, this logitcache reads up to {FORMAT_VERSION}: "
+                "upgrade logitcache"
             )
         terms = RecordingTerms.from_json(content["terms"])
+        check_width(row_spec(terms.identity))
         ids = content["ids"]
         if (ids is None) != (terms.identity.ids == "ordinal") or not isinstance(ids, dict | None):
             raise ValueError("its ids are not told")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise NotALabelSet(f"{path} is damaged: {error}; restore it") from None
-    return terms, ids
+        if not re.fullmatch(r"[0-9a-f]{16}", content["log"]):
+            raise ValueError("its log's number is not told")
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
+        raise NotALabelSet(f"{path} is damaged: {error!s:.200}; restore it") from None
+    return terms, ids, int(content["log"], 16)
 
 
 def _read_ids(places: Places, told: dict[str, Any], terms: RecordingTerms) -> Ids:
-    path = places.recording_ids
-    with explained(path):
-        data = path.read_bytes() if path.stat().st_size == told.get("bytes") else b""
+    path, texts = places.recording_ids, terms.identity.ids == "text"
+    most = 2 + terms.examples * (MAX_TEXT_JSON_BYTES if texts else 8)
+    try:
+        handle = open_file(places.root, path, ShardDamaged)
+    except FileNotFoundError:
+        raise ShardDamaged(f"{path} is missing: restore it") from None
+    try:
+        size = os.fstat(handle).st_size
+        whole = size == told.get("bytes") and size <= most
+        refuse_holes(handle, size, path, ShardDamaged)
+        data = b"".join(blocks(handle, size, path)) if whole else b""
+    finally:
+        os.close(handle)
     if sha256_hex(data) != told.get("sha256"):
         raise ShardDamaged(f"{path} does not hash to what {places.recording} says: restore it")
     try:
-        ids = as_ids(json.loads(data) if terms.identity.ids == "text" else np.frombuffer(data, "<i8").astype(np.int64))
+        ids = as_ids(parsed(data) if texts else np.frombuffer(data, "<i8").astype(np.int64))
         check_kind(ids, terms.identity.ids, places.root.name)
-    except (ValueError, RecursionError, InvalidIds) as error:
-        raise ShardDamaged(f"{path} does not hold ids: {error}; restore it") from None
+    except (ValueError, InvalidIds) as error:
+        raise ShardDamaged(f"{path} does not hold ids: {error!s:.200}; restore it") from None
     if len(ids) != terms.examples:
         raise ShardDamaged(f"{path} has {len(ids):,} ids of {terms.examples:,} examples; restore it")
     return ids
@@ -109,18 +140,21 @@ class Recorded:
 
     def __init__(self, root: Path) -> None:
         places = Places(root)
-        self.terms, told = read_terms(places)
+        self.terms, told, number = read_terms(places)
         self.spec = row_spec(self.terms.identity)
         self.ids = None if told is None else _read_ids(places, told, self.terms)
         self._index = IdIndex() if self.ids is None else IdIndex().with_shard(0, "", self.ids.keys, 0)
-        self.log = Log(places.recording_log, slot_dtype(self.spec))
+        self.log = Log(places.recording_log, slot_dtype(self.spec), number)
         self._views = self.terms.identity.views
         self._lock = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
-        self._first = np.full(self.terms.examples * self._views, -1, np.int64)
-        self._counts = np.zeros(self.terms.examples, np.int64) if self.spec.ragged else None
+        # Slots of the first row of each place. That of a frame's header, 0, is none: nothing was recorded there.
+        self._first = zeros(self.terms.examples * self._views)
+        self._counts = zeros(self.terms.examples) if self.spec.ragged else None
+        self._held_views = zeros(self.terms.examples) if self._views > 1 else None
+        self._rows = self._complete = 0
         self._sittings: dict[int, int] = {}
         self._finished: set[int] = set()
         self.sealing: Kind | None = None
@@ -161,7 +195,8 @@ class Recorded:
     def _settle_round(self, places: np.ndarray, steps: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
         """As `_settle`, of places that are all different."""
         held = self._first[places]
-        wins = held < 0
+        wins = held == 0
+        self._count(places[wins])
         if not wins.all():
             again = np.flatnonzero(~wins)
             held_steps = self.log.rows(held[again])["step"]
@@ -171,7 +206,19 @@ class Recorded:
                 wins[same] = self._are_larger(slots[same], counts[same], held[same], places[same])
         self._first[places[wins]] = slots[wins]
         if self._counts is not None:
+            self._rows += int((counts[wins] - self._counts[places[wins]]).sum())
             self._counts[places[wins]] = counts[wins]
+
+    def _count(self, places: np.ndarray) -> None:
+        """Count places of which nothing was recorded before."""
+        if self._counts is None:
+            self._rows += len(places)
+        if self._held_views is None:
+            self._complete += len(places)
+            return
+        examples, added = np.unique(places // self._views, return_counts=True)
+        self._held_views[examples] += added
+        self._complete += int((self._held_views[examples] == self._views).sum())
 
     def _are_larger(
         self, slots: np.ndarray, counts: np.ndarray, held: np.ndarray, places: np.ndarray
@@ -206,7 +253,8 @@ class Recorded:
         with self._lock:
             first: np.ndarray = self._first.take(self.places(ordinals, views))
             counts = np.ones(len(first), np.int64) if self._counts is None else self._counts.take(ordinals)
-            counts[first < 0] = 0
+            counts[first == 0] = 0
+            first[first == 0] = -1
             return first, counts
 
     def places(self, ordinals: Int64[np.ndarray, " ids"], views: Any) -> Int64[np.ndarray, " ids"]:
@@ -214,17 +262,34 @@ class Recorded:
         places: np.ndarray = ordinals * self._views + views
         return places
 
-    def complete(self) -> Bool[np.ndarray, " examples"]:
-        """Which examples have all their views recorded."""
-        complete: np.ndarray = np.all(self._first.reshape(-1, self._views) >= 0, axis=1)
+    def are_complete(self, ordinals: Int64[np.ndarray, " ids"] | slice) -> Bool[np.ndarray, " ids"]:
+        """Which of these examples have all their views recorded."""
+        complete: np.ndarray = (
+            self._first[ordinals] > 0 if self._held_views is None else self._held_views[ordinals] == self._views
+        )
         return complete
+
+    def complete(self) -> Int64[np.ndarray, " examples"]:
+        """Ordinals of the examples that have all their views recorded."""
+        return np.concatenate(list(self._ordinals(complete=True)))
+
+    def incomplete(self, most: int) -> Int64[np.ndarray, " examples"]:
+        """Ordinals of the first so many examples that have not."""
+        found = np.zeros(0, np.int64)
+        for more in self._ordinals(complete=False):
+            found = np.concatenate([found, more])[:most]
+            if len(found) == most:
+                break
+        return found
+
+    def _ordinals(self, *, complete: bool) -> Iterator[Int64[np.ndarray, " some"]]:
+        for begin in range(0, self.terms.examples, _SCANNED):
+            yield np.flatnonzero(self.are_complete(slice(begin, begin + _SCANNED)) == complete) + begin
 
     def progress(self) -> Progress:
         """How far it is."""
         with self._lock:
-            rows = int((self._first >= 0).sum()) if self._counts is None else int(self._counts.sum())
-            examples = int(self.complete().sum())
-            return Progress(examples, rows, frozenset(self._finished), self.sealing is not None)
+            return Progress(self._complete, self._rows, frozenset(self._finished), self.sealing is not None)
 
     def sitting(self, rank: int) -> int:
         """The last sitting of one of the recorders, 0 if it never began."""

@@ -20,6 +20,7 @@ from logitcache.storage.asked import Asked, asked_for
 from logitcache.storage.gather import mark_missing, runs
 from logitcache.storage.local import LocalLabelSet
 from logitcache.storage.places import Places
+from logitcache.storage.reading import status
 from logitcache.storage.recorded import Recorded
 from logitcache.storage.served import ServedTally
 from logitcache.storage.shards import ShardReport, Verify
@@ -52,7 +53,7 @@ class RecordedLabelSet:
     @property
     def is_replaced(self) -> bool:
         """It was sealed, or another label set stands in the folder now: open it anew."""
-        return not Places(self.path).recording.exists() or self._recorded.log.is_removed
+        return status(Places(self.path).recording) is None or self._recorded.log.is_removed
 
     def is_at_hand(self, examples: int) -> bool:
         """Never: its log is looked at each time."""
@@ -111,7 +112,7 @@ class RecordedLabelSet:
             return sealed.states(ids, digest=digest)
         asked = self._asked(ids, None, 0, digest, "mask")
         ordinals = self._recorded.ordinals(asked.ids)
-        labelled = self._recorded.complete()[np.maximum(ordinals, 0)] & (ordinals >= 0)
+        labelled = self._recorded.are_complete(np.maximum(ordinals, 0)) & (ordinals >= 0)
         states: np.ndarray = np.where(labelled, LABELLED, np.where(ordinals >= 0, UNLABELLED, UNKNOWN))
         return states.astype(np.uint8)
 
@@ -143,7 +144,7 @@ class RecordedLabelSet:
             return None
         with self._sealing:
             if self._sealed is None:
-                if Places(self.path).recording.exists():
+                if status(Places(self.path).recording) is not None:
                     raise self._replaced()
                 sealed = LocalLabelSet(self.path, verify=self._verify, scrub_s=self._scrub_s, limits=self._limits)
                 if sealed.layout.identity.differences(self.identity):
@@ -229,11 +230,11 @@ def open_label_set(
         LogitcacheError: as `LocalLabelSet` and `RecordedLabelSet` do.
     """
     being_recorded = Places(path).recording
-    if being_recorded.exists():
+    if status(being_recorded) is not None:
         try:
             return RecordedLabelSet(path, verify=verify, scrub_s=scrub_s, limits=limits)
         except (LabelSetNotFound, StorageFault):
             # Unless it was sealed right now.
-            if being_recorded.exists():
+            if status(being_recorded) is not None:
                 raise
     return LocalLabelSet(path, verify=verify, scrub_s=scrub_s, limits=limits)

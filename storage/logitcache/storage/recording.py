@@ -31,6 +31,7 @@ from logitcache.labels.errors import (
 )
 from logitcache.labels.identity import check_name
 from logitcache.labels.ids import Ids, check_kind
+from logitcache.labels.label_set import row_spec
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who, check_recorded
 from logitcache.labels.soft_labels import SoftLabels, splits_of
 from logitcache.storage.files import Files
@@ -38,7 +39,7 @@ from logitcache.storage.gather import runs
 from logitcache.storage.id_index import repeated
 from logitcache.storage.layout import Layout
 from logitcache.storage.lock import WriterLock
-from logitcache.storage.log import Kind, LogWriter, slot_dtype
+from logitcache.storage.log import Kind, LogWriter, check_width, slot_dtype
 from logitcache.storage.packing import default_rows_per_shard
 from logitcache.storage.places import Places
 from logitcache.storage.recorded import Recorded, ids_content, terms_content
@@ -85,6 +86,7 @@ class Recording:
             undo.callback(self._lock.release)
             if terms is not None and not self._places.recording.exists():
                 self._begin(terms, ids)
+            self._files.sync_names(self.path, self._places.recording.parent)
             self._recorded = Recorded(path)
             undo.callback(self._recorded.close)
             if terms is not None:
@@ -116,6 +118,8 @@ class Recording:
             raise IdentityChanged(f"there is a label set {self.name!r} already: record under another name")
         files, places = self._files, self._places
         folder = places.recording.parent
+        # The name of the lock file: without it a power cut could leave what passes for a foreign folder.
+        files.fsync(self.path)
         files.make_folder(folder)
         for left in folder.iterdir():
             files.remove(left)
@@ -125,9 +129,9 @@ class Recording:
             files.fsync(places.recording_ids)
         files.write(places.recording_log, b"")
         files.fsync(places.recording_log)
+        # Their names before the one that promises them.
+        files.fsync(folder)
         files.create(folder / "recording.json.staged", places.recording, terms_content(terms, content))
-        for each in (folder, self.path, self.path.parent):
-            files.fsync(each)
 
     @property
     def is_removed(self) -> bool:
@@ -221,7 +225,7 @@ class Recording:
 
     def missing(self, most: int = MOST_SHOWN) -> list[int | str]:
         """Ids of the first so many examples that have not all their views recorded."""
-        return self._recorded.example_ids(np.flatnonzero(~self._recorded.complete())[:most]).at(slice(None))
+        return self._recorded.example_ids(self._recorded.incomplete(most)).at(slice(None))
 
     def seal(self, *, part: bool = False, progress: Callable[[int, int], None] | None = None) -> Generation:
         """Write what was recorded as shards, seal them, and remove the log; nothing is recorded from now on.
@@ -237,13 +241,13 @@ class Recording:
         """
         recorded = self._recorded
         with self._appending:
-            complete = recorded.complete()
-            part = recorded.sealing == Kind.SEALING_PART or (part and not complete.all())
-            if not complete.any() or not (complete.all() or part):
-                raise self._incomplete(complete)
+            done, examples = recorded.progress().examples, self.terms.examples
+            part = recorded.sealing == Kind.SEALING_PART or (part and done < examples)
+            if not done or not (done == examples or part):
+                raise self._incomplete(examples - done)
             if recorded.sealing is None:
                 self._append(Kind.SEALING_PART if part else Kind.SEALING, Who(0, 0))
-        generation = compacted(self.path, recorded, np.flatnonzero(complete), self._lock, self._files, progress)
+        generation = compacted(self.path, recorded, recorded.complete(), self._lock, self._files, progress)
         # The file that makes it a recording goes first; what else is left over belongs to nobody then.
         self._files.remove(self._places.recording)
         folder = self._places.recording.parent
@@ -254,10 +258,10 @@ class Recording:
             folder.rmdir()
         return generation
 
-    def _incomplete(self, complete: np.ndarray) -> RowsMissing:
-        missing, count = self.missing(), int((~complete).sum())
+    def _incomplete(self, count: int) -> RowsMissing:
+        missing = self.missing()
         return RowsMissing(
-            f"{count:,} of {len(complete):,} examples of {self.name!r} were not recorded "
+            f"{count:,} of {self.terms.examples:,} examples of {self.name!r} were not recorded "
             f"({shown(missing, count)}), so it is not sealed; what was recorded is kept and can be "
             "read: record the others (does the loader drop its last batch?), or seal those that there are",
             unknown=[],
@@ -320,6 +324,7 @@ def _check_ids(terms: RecordingTerms, ids: Ids | None) -> None:
         read = RecordingTerms.from_json(terms.to_json())
     except ValueError as error:
         raise InvalidRequest(f"nothing can be recorded so: {error}") from None
+    check_width(row_spec(terms.identity))
     if read != terms:
         raise InvalidRequest(f"steps={terms.steps!r}: give range(first, last + 1)")
     if ids is None:

@@ -3,7 +3,6 @@
 Both are canonical JSON. Whatever is read back is checked against the layout before it is believed.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +13,15 @@ from logitcache.labels.errors import ShardDamaged
 from logitcache.labels.identity import Identity, canonical_json, label_set_digest, sha256_hex
 from logitcache.labels.ids import MAX_TEXT_BYTES
 from logitcache.storage.layout import TEXTS, Layout
+from logitcache.storage.reading import names, parsed, read_file
 
 log = logging.getLogger("logitcache.storage")
 
-MAX_RECORD_BYTES = 64 << 20
-"""A longer commit or generation is refused unread."""
+MAX_COMMIT_BYTES = 16 << 10
+"""A longer commit is refused unread: it has an entry for each of at most ten files."""
+
+MAX_GENERATION_BYTES = 1 << 20
+"""A longer generation is refused unread: it has 67 bytes for each of at most 6,000 shards."""
 
 MAX_TEXT_JSON_BYTES = 6 * MAX_TEXT_BYTES + 3
 """Bytes that a text id may take in a texts file: each of its own as ``\\uXXXX``, quotes and a comma."""
@@ -53,17 +56,18 @@ class Commit:
         Raises:
             ShardDamaged: it is not the canonical JSON of this shard's span and files.
             FileNotFoundError: the shard is not committed.
+            StorageFault: it cannot be read.
         """
-        data = _read(path)
+        data = read_file(path.parent.parent, path, MAX_COMMIT_BYTES, ShardDamaged)
         try:
-            entries = json.loads(data)["files"]
+            entries = parsed(data)["files"]
             # The layout's names, and not the file's: thousands of commits share them.
             parts = {name: Part(entries[name]["bytes"], entries[name]["sha256"]) for name in layout.parts}
             whole = all(_is_hash(part.sha256) and type(part.bytes) is int for part in parts.values())
             if not whole or data != canonical_json(_commit_content(layout, shard, parts)):
                 raise ValueError("it does not describe this shard")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardDamaged(f"{path.name}: not a commit of shard {shard}: {error}", shard=shard) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardDamaged(f"{path.name}: not a commit of shard {shard}: {error!s:.200}", shard=shard) from None
         return cls(shard, parts, sha256_hex(data))
 
 
@@ -111,35 +115,35 @@ class Generation:
 
         Raises:
             ShardDamaged: it is not a generation of this label set, or its digest is not that of its commits.
+            FileNotFoundError: there is none of this number.
+            StorageFault: it cannot be read.
         """
+        data = read_file(path.parent.parent, path, MAX_GENERATION_BYTES, ShardDamaged)
         try:
-            data = _read(path)
-            content = json.loads(data)
+            content = parsed(data)
             commits = content["commits"]
-            if not all(map(_is_hash, commits)) or not 1 <= len(commits) <= layout.shards:
+            if (
+                not isinstance(commits, list)
+                or not all(map(_is_hash, commits))
+                or not 1 <= len(commits) <= layout.shards
+            ):
                 raise ValueError("its commits are not those of this label set")
             number, examples = int(path.stem), layout.first(len(commits)).examples
             generation, expected = cls.of(layout.identity, number, examples, commits)
             if data != expected:
                 raise ValueError("its digest is not that of its commits")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardDamaged(f"generations/{path.name}: {error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardDamaged(f"generations/{path.name}: {error!s:.200}") from None
         return generation
 
 
-def _read(path: Path) -> bytes:
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise ShardDamaged(f"{path.name} has {path.stat().st_size:,} bytes, which no record of a label set has")
-    return path.read_bytes()
-
-
 def numbered(folder: Path) -> list[int]:
-    """Numbers N of the files ``N.json`` in a folder, ascending; none when there is no such folder."""
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
-        return []
-    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    """Numbers N of the files ``N.json`` in one of a label set's folders, ascending; none when there is no such folder.
+
+    Raises:
+        StorageFault: the folder is a symbolic link, no folder, or cannot be listed.
+    """
+    stems = (name.removesuffix(".json") for name in names(folder.parent, folder) if name.endswith(".json"))
     return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and str(int(stem)) == stem)
 
 

@@ -240,7 +240,7 @@ class Shards:
             with opened(self._places, layout, commit) as files:
                 stamped = trust_stamps and self._stamps.match(files, commit)
                 if hash_now and not stamped:
-                    check_hashes(files, commit)
+                    check_hashes(files, commit, self._closing)
                 self._admitted(files, commit, sound=stamped or hash_now)
         except ShardDamaged as error:
             self._withdraw(shard, commit, key, error.message)
@@ -284,7 +284,8 @@ class Shards:
     def _quarantine(self, shard: int, key: FileKey, problem: str) -> None:
         """Report a damaged shard, and move its files aside if no other process is writing or has done it already."""
         place = (
-            "its files stay where they are, since another process is writing the label set, or the store is read-only"
+            "its files stay where they are, since another process is writing the label set, the store is read-only, "
+            "or the label set has symbolic links"
         )
         # Threads of this process take turns; only another process makes us leave the files where they are.
         with self._quarantining, contextlib.suppress(LabelSetLocked, StorageFault), WriterLock(self._places.lock):
@@ -354,7 +355,8 @@ class Shards:
                     if not self._verified[shard]:
                         self._examine(shard, trust_stamps=True, hash_now=True)
             except StorageFault as error:
-                log.error("label set %s: shard %d was not verified: %s", self._places.root.name, shard, error)
+                if not self._closing.is_set():
+                    log.error("label set %s: shard %d was not verified: %s", self._places.root.name, shard, error)
         self._save_stamps()
 
     def _scrub(self, every_s: float) -> None:

@@ -3,15 +3,22 @@
 It lies beside the commits and outside what is hashed: rows never depend on it, and what does not read is left out.
 """
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
 from logitcache.labels.bill import TeacherTime
+from logitcache.labels.errors import StorageFault
 from logitcache.labels.soft_labels import SoftLabels, temperature_name
 from logitcache.storage.places import Places
+from logitcache.storage.reading import parsed, read_file
+
+MAX_STATISTICS_BYTES = 64 << 10
+"""Longer statistics are ignored."""
+
+MAX_DEVICE_TEXT = 200
+"""Characters that the name of a device may have."""
 
 RetainedMass = dict[str, tuple[int, float, float]]
 """By temperature: rows, sum and minimum of the probability that the stored k hold."""
@@ -20,8 +27,8 @@ RetainedMass = dict[str, tuple[int, float, float]]
 def read_statistics(places: Places, shard: int) -> dict[str, Any]:
     """A shard's statistics; empty when there are none that read."""
     try:
-        content = json.loads((places.statistics / f"{shard}.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parsed(read_file(places.root, places.statistics / f"{shard}.json", MAX_STATISTICS_BYTES))
+    except (OSError, StorageFault, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -47,7 +54,7 @@ def read_retained(places: Places, shard: int) -> RetainedMass:
 
 def _retained(entry: Any) -> tuple[int, float, float]:
     rows, total, least = int(entry["rows"]), float(entry["sum"]), float(entry["min"])
-    if not 0 <= rows < 2**63 or not math.isfinite(total) or not math.isfinite(least):
+    if not 0 <= rows < 2**63 or not math.isfinite(least) or not abs(total) < 2**63:
         raise ValueError(f"{entry!r:.60} is no retained mass")
     return rows, total, least
 
@@ -55,9 +62,10 @@ def _retained(entry: Any) -> tuple[int, float, float]:
 def read_teacher_time(places: Places, shard: int) -> TeacherTime | None:
     """What the teacher took for a shard's rows; None when its statistics do not tell."""
     try:
-        return TeacherTime.from_json(read_statistics(places, shard)["teacher_time"])
+        found = TeacherTime.from_json(read_statistics(places, shard)["teacher_time"])
     except (KeyError, TypeError, ValueError):
         return None
+    return found if len(found.device) <= MAX_DEVICE_TEXT else None
 
 
 def summed(shards: list[RetainedMass]) -> dict[str, dict[str, float]]:

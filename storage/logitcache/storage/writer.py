@@ -6,7 +6,6 @@ It knows nothing of teachers or datasets.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,7 @@ from logitcache.labels.errors import (
     StoreNotFound,
 )
 from logitcache.labels.identity import canonical_json, check_name
-from logitcache.labels.ids import text_keys
-from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine, read_part, stored_rows
+from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine, stored_rows, stored_texts
 from logitcache.storage.contents import Content, contents, refuse_repeated, sha256_of
 from logitcache.storage.files import Files
 from logitcache.storage.id_index import IdIndex
@@ -107,6 +105,8 @@ class LabelSetWriter:
         from logitcache.storage.zarr_library import library_metadata
 
         places, files = self._places, self._files
+        # The name of the lock file: without it a power cut could leave what passes for a foreign folder.
+        files.fsync(self.path)
         files.make_folder(places.staging)
         self._clear_staging()
         files.remove(places.served)  # of another label set
@@ -117,7 +117,6 @@ class LabelSetWriter:
             if key != "zarr.json":
                 files.remove(final)
             files.create(self._staged(key.replace("/", ".")), final, data)
-        files.fsync(self.path.parent)
 
     def _make_folders(self) -> None:
         """Folders that may be empty: what copied the label set may have left them out."""
@@ -139,14 +138,17 @@ class LabelSetWriter:
                 self._files.remove(path)
 
     def _take_up(self) -> dict[int, Commit]:
-        """Remove leftovers, read the commits, check what they promise."""
+        """Sync what a killed writer left, remove what nobody needs, read the commits, check what they promise."""
+        self._make_folders()
+        left = self._places.recording.parent
+        recorded = [left] if left.is_dir() else []
+        self._files.sync_names(self.path, self._places.commits, self._places.generations, *recorded)
         self._clear_staging()
         if not self._places.recording.exists():
             self._clear_folder(self._places.recording.parent)  # of a recording that was sealed
         for name in ("stamps", "served"):
             for path in self.path.glob(f"{name}.*.*"):
                 self._files.remove(path)
-        self._make_folders()
         on_disk = numbered(self._places.commits)
         self._refuse_beyond(on_disk)
         self._remove_uncommitted(set(on_disk))
@@ -218,10 +220,7 @@ class LabelSetWriter:
         Raises:
             ShardDamaged: they are not those that its ids are the keys of.
         """
-        texts: list[str] = json.loads(read_part(self._places, self.layout, self._commits[shard], TEXTS))
-        if not isinstance(texts, list) or not np.array_equal(text_keys(texts), self.stored(shard, "ids")):
-            raise ShardDamaged(f"shard {shard}: its texts are not those of its ids, and were committed so", shard=shard)
-        return texts
+        return stored_texts(self._places, self.layout, self._commits[shard])
 
     def commit(
         self,

@@ -13,8 +13,10 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from logitcache.server.http.access import Access, Guarded
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.job_routes import jobs as job_routes
+from logitcache.server.http.load import Load
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.middleware import Observed
 from logitcache.server.http.problems import add_handlers
@@ -35,9 +37,17 @@ SAVE_EVERY_S = 10.0
 ROUTERS = (batches, label_sets, recording, job_routes, operations)
 
 
-def create_app(catalog: Catalog, jobs: Jobs | None = None, *, record: bool = False) -> FastAPI:
+def create_app(
+    catalog: Catalog,
+    jobs: Jobs | None = None,
+    *,
+    record: bool = False,
+    access: Access | None = None,
+    load: Load | None = None,
+) -> FastAPI:
     """An ASGI application that serves this catalog, runs these jobs, and takes what runs record if ``record`` says so;
-    it closes all of them when it shuts down.
+    it closes all of them when it shuts down. Whoever can connect may ask, unless ``access`` says otherwise; how
+    much is taken on at once is ``load``'s to say.
     """
     app = FastAPI(
         title="logitcache",
@@ -56,9 +66,11 @@ def create_app(catalog: Catalog, jobs: Jobs | None = None, *, record: bool = Fal
     app.state.recordings = Recordings(catalog, allowed=record)
     app.state.readers = CapacityLimiter(READERS)
     app.state.writers = CapacityLimiter(WRITERS)
-    app.state.metrics = Metrics(catalog, jobs)
+    app.state.load = load or Load()
+    app.state.metrics = Metrics(catalog, app.state.load, jobs)
     app.add_middleware(Shortcut)
-    app.add_middleware(Observed, metrics=app.state.metrics)  # the outer one
+    app.add_middleware(Guarded, access=access or Access())
+    app.add_middleware(Observed, metrics=app.state.metrics, load=app.state.load)  # the outer one
     add_handlers(app)
     return app
 

@@ -58,7 +58,7 @@ def list_jobs(queue: InQueue) -> Sequence[JobState]:
 
 @jobs.get("/{id}")
 def describe_job(id: str, queue: InQueue) -> JobDetail:
-    """How one job stands: its progress, digest or error, and the end of its log."""
+    """How one job stands: its attempts, its progress, digest or error, and the end of its log."""
     return queue.get(id)
 
 

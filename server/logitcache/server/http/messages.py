@@ -20,6 +20,7 @@ from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused,
 from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import OnMissing
 from logitcache.server.complaints import invalid_request
+from logitcache.server.http.load import Load
 from logitcache.server.http.record import Record
 
 JSON = "application/json"
@@ -174,11 +175,20 @@ async def read_body(request: Request, kind: str, most: int | None = None) -> byt
     """The whole body of a request, refused as soon as it is known to be longer than its media type may be, or ``most``.
 
     Raises:
+        RequestRefused: with status 415, when it is compressed.
         TooManyRows: it is longer; the rest is not read, and the connection closes after the answer.
     """
     most = most or MAX_REQUEST_BYTES[kind]
-    declared = dict(request.scope["headers"]).get(b"content-length", b"0")
+    load: Load = request.app.state.load
+    record = Record.of(request.scope)
+    headers = dict(request.scope["headers"])
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        record.body_refused = True
+        raise RequestRefused("a compressed body is not unpacked here: send it as it is", status=415)
+    declared = headers.get(b"content-length", b"0")
     size = int(declared) if declared.isdigit() else 0
+    if size <= most:
+        load.hold(record, size)
     parts: list[bytes] = []
     more = size <= most
     if more:
@@ -189,9 +199,11 @@ async def read_body(request: Request, kind: str, most: int | None = None) -> byt
             raise ClientDisconnect
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+        if size > record.held_bytes:  # chunks, whose number nobody declared
+            load.hold(record, size - record.held_bytes)
         more = message.get("more_body", False) and size <= most
     if size > most:
-        Record.of(request.scope).body_refused = True
+        record.body_refused = True
         raise TooManyRows(
             f"the request's body is longer than the {most >> 20} MiB that are read as {kind}: split the ids over "
             "several requests",

@@ -1,18 +1,27 @@
 """Metrics in Prometheus' format: what the app answered, and how label sets and jobs stand at the moment of the scrape.
 
+Where several processes serve together, `SHARED` names the folder in which prometheus_client keeps their counters, and
+each tells the sum of all.
+
 Label values are bounded whatever clients send: routes are templates, methods a fixed few, label sets those that exist.
 """
 
+import os
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from logitcache.labels.errors import LogitcacheError
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.load import Load
 from logitcache.server.http.record import Record
 from logitcache.server.jobs.queue import Jobs
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable, to be set before prometheus_client is imported."""
 
 METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"})
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -20,29 +29,41 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Metrics:
-    """Counters of one app, in a registry of its own, so that two apps in a process do not mix."""
+    """Counters of one app, in a registry of its own, so that two apps in a process do not mix.
 
-    def __init__(self, catalog: Catalog, jobs: Jobs | None = None) -> None:
-        self.registry = CollectorRegistry()
+    ``registry`` is what a scrape is told.
+    """
+
+    def __init__(self, catalog: Catalog, load: Load, jobs: Jobs | None = None) -> None:
+        own = CollectorRegistry()
+        self.registry = CollectorRegistry() if SHARED in os.environ else own
+        if SHARED in os.environ:
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+        self._load = load
         self._requests = Counter(
-            "logitcache_requests", "Requests answered", ("method", "route", "status"), registry=self.registry
+            "logitcache_requests", "Requests answered", ("method", "route", "status"), registry=own
         )
         self._seconds = Histogram(
-            "logitcache_request_seconds", "Time to the last byte", ("route",), buckets=SECONDS, registry=self.registry
+            "logitcache_request_seconds", "Time to the last byte", ("route",), buckets=SECONDS, registry=own
         )
-        self._rows = Counter("logitcache_rows_served", "Rows sent", ("label_set",), registry=self.registry)
-        self._bytes = Counter(
-            "logitcache_response_bytes", "Bytes of bodies sent", ("label_set",), registry=self.registry
-        )
+        self._rows = Counter("logitcache_rows_served", "Rows sent", ("label_set",), registry=own)
+        self._bytes = Counter("logitcache_response_bytes", "Bytes of bodies sent", ("label_set",), registry=own)
         self._fetched = Counter(
             "logitcache_fetch_seconds",
             "Time from a fetch's arrival to its answer being given to be sent",
             ("label_set",),
-            registry=self.registry,
+            registry=own,
         )
-        self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=self.registry)
+        self._misses = Counter("logitcache_misses", "Ids asked for that have no labels", ("label_set",), registry=own)
+        self._errors = Counter("logitcache_errors", "Problems answered", ("code",), registry=own)
         self._routes: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._label_sets: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._label_sets: dict[str, tuple[Counter, Counter, Counter, Counter]] = {}
+        self._under_way = Gauge(
+            "logitcache_bytes_under_way",
+            "Bytes of requests and answers that are under way, as of the last answer",
+            registry=own,
+            multiprocess_mode="livesum",
+        )
         self.registry.register(LabelSetGauges(catalog))
         if jobs is not None:
             self.registry.register(JobGauges(jobs))
@@ -53,11 +74,13 @@ class Metrics:
         requests, seconds = self._of_route(method, record.route, record.status)
         requests.inc()
         seconds.observe(record.seconds)
+        self._under_way.set(self._load.bytes)
         if record.code is not None:
             self._errors.labels(record.code).inc()
         if record.label_set is not None:
-            rows, sent, fetched = self._of_label_set(record.label_set)
+            rows, sent, fetched, misses = self._of_label_set(record.label_set)
             rows.inc(record.rows)
+            misses.inc(record.misses)
             sent.inc(record.body_bytes)
             if record.tally is not None and record.code is None:
                 fetched.inc(record.ready_s)
@@ -70,10 +93,11 @@ class Metrics:
             self._routes[key] = self._requests.labels(*key), self._seconds.labels(route)
         return self._routes[key]
 
-    def _of_label_set(self, name: str) -> tuple[Counter, Counter, Counter]:
+    def _of_label_set(self, name: str) -> tuple[Counter, Counter, Counter, Counter]:
         if name not in self._label_sets:
-            found = self._rows.labels(name), self._bytes.labels(name), self._fetched.labels(name)
-            self._label_sets[name] = found
+            every = (self._rows, self._bytes, self._fetched, self._misses)
+            rows, sent, fetched, misses = (counter.labels(name) for counter in every)
+            self._label_sets[name] = rows, sent, fetched, misses
         return self._label_sets[name]
 
 

@@ -1,16 +1,20 @@
-"""The one middleware: a request id, an access log line, metrics, and a problem for what nobody caught.
+"""The outer middleware: a request id, an access log line, metrics, and a problem for what nobody caught.
 
-Pure ASGI: it sees the response as it is sent, adds one header, and neither buffers nor copies a body.
+Pure ASGI: it sees the response as it is sent, adds headers, and neither buffers nor copies a body.
 """
 
 import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from logitcache.labels.errors import ServerBusy
+from logitcache.server.http.access import headers_of
+from logitcache.server.http.load import Load
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.problems import problem_response, unforeseen
 from logitcache.server.http.record import UNMATCHED, Record
@@ -33,9 +37,10 @@ _log = logger(__name__)
 class Observed:
     """Wraps an app: every request gets a `Record`, and every record ends in the log and in the metrics."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, load: Load) -> None:
         self._app = app
         self._metrics = metrics
+        self._load = load
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, and note it."""
@@ -47,8 +52,9 @@ class Observed:
         began = time.perf_counter()
         token = REQUEST_ID.set(record.request_id)
         try:
-            await _answer(self._app, record, scope, receive, _noting(record, began, send))
+            await _answer(self._app, record, scope, receive, _noting(record, began, headers_of(scope["path"]), send))
         finally:
+            self._load.add(-record.held_bytes)
             record.seconds = time.perf_counter() - began
             record.route = _route(scope)
             self._metrics.observe(record)
@@ -81,11 +87,12 @@ async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, 
         await problem_response(scope, unforeseen(record.request_id))(scope, receive, send)
 
 
-def _noting(record: Record, began: float, send: Send) -> Send:
+def _noting(record: Record, began: float, added: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
     async def noting(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.answering, record.status = True, message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
+            own = (b"x-request-id", record.request_id.encode())
+            message["headers"] = [*message.get("headers", ()), own, *added]
         elif message["type"] == "http.response.body":
             record.body_bytes += len(message.get("body", b""))
             record.ready_s = time.perf_counter() - began
@@ -95,7 +102,7 @@ def _noting(record: Record, began: float, send: Send) -> Send:
 
 
 def _access(record: Record) -> None:
-    quiet = record.route in QUIET and record.status < 400
+    quiet = (record.route in QUIET and record.status < 400) or record.code == ServerBusy.code  # `Load` tells of those
     if quiet and not _log.isEnabledFor(logging.DEBUG):
         return
     tell = _log.debug if quiet else _log.error if record.status >= 500 else _log.info

@@ -5,6 +5,7 @@ One function makes the response; the handlers only turn what they caught into a 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from logitcache.labels import problem
-from logitcache.labels.errors import LogitcacheError, RequestRefused, ServerFault
+from logitcache.labels.errors import (
+    LogitcacheError,
+    RequestRefused,
+    RowsMissing,
+    ServerFault,
+    StorageFault,
+    Unavailable,
+)
 from logitcache.server.complaints import invalid_request
 from logitcache.server.http.record import Record
 
@@ -35,16 +43,32 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The answer to a request that ended in this error; its record is told."""
+    """The answer to a request that ended in this error; its record is told.
+
+    Where the store is on the server's disk is for the log alone: paths in it are told as beginning there.
+    """
     record = Record.of(scope)
     record.code, record.detail = error.code, error.message[:1000]
+    if isinstance(error, RowsMissing):
+        record.misses = len(error.ids)
     content = problem.to_problem(error, record.request_id)
+    if isinstance(error, StorageFault | Unavailable):
+        content = _within(content, f"{scope['app'].state.catalog.store}")
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if record.body_refused:
         headers["Connection"] = "close"
     return JSONResponse(content, content["status"], headers, media_type=problem.MEDIA_TYPE)
+
+
+def _within(told: Any, store: str) -> Any:
+    """The same without the path of the store."""
+    if isinstance(told, str):
+        return told.replace(f"{store}/", "").replace(store, "the store")
+    if isinstance(told, dict):
+        return {name: _within(value, store) for name, value in told.items()}
+    return told
 
 
 def unforeseen(request_id: str) -> ServerFault:

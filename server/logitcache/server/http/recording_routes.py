@@ -111,7 +111,9 @@ async def _body(request: Request, name: str, kind: str, most: int | None = None)
 
 
 async def _written(request: Request, work: Any) -> Any:
-    return await to_thread.run_sync(work, limiter=request.app.state.writers)
+    state = request.app.state
+    state.load.check_queue(state.writers)
+    return await to_thread.run_sync(work, limiter=state.writers)
 
 
 def _told(stand: Stand) -> JSONResponse:

@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, LogitcacheError, Unavailable
-from logitcache.labels.label_set import UNKNOWN, UNLABELLED
+from logitcache.labels.label_set import UNKNOWN, UNLABELLED, Limits
+from logitcache.labels.soft_labels import SoftLabels
 from logitcache.server.http import openapi
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.load import Load
 from logitcache.server.http.messages import (
     JSON,
     SAFETENSORS,
@@ -42,6 +44,10 @@ DIGEST_HEADER = "Logitcache-Digest"
 
 SHORT_BODY = 512 << 10
 """Bytes of safetensors that are parsed at once, whatever they are: more than the ids of any batch that is at hand."""
+
+
+JSON_BYTES = 12
+"""Of JSON, and of the objects that it is made of, a byte of rows."""
 
 
 class _Anything(Convertor[str]):
@@ -158,33 +164,53 @@ async def _answered(
         record.label_set = name
         asked = parse(body, sent)
         if label_set.is_at_hand(len(asked.ids)):
-            return answer(label_set, asked, wanted, record)
+            return answer(label_set, asked, wanted, record, state.load)
 
     def answered() -> Response:
         label_set = catalog.get(name)
         record.label_set = name
-        return answer(label_set, parse(body, sent), wanted, record)
+        return answer(label_set, parse(body, sent), wanted, record, state.load)
 
+    state.load.check_queue(state.readers)
     return await to_thread.run_sync(answered, limiter=state.readers)
 
 
-def _fetch(label_set: Readable, asked: FetchRequest, wanted: str, record: Record) -> Response:
+def _fetch(label_set: Readable, asked: FetchRequest, wanted: str, record: Record, load: Load) -> Response:
     record.tally = label_set.tally
+    most = _most_bytes(label_set, len(asked.ids), wanted)
+    load.hold(record, most)
     if wanted == JSON:
         soft = fetch_rows(label_set, asked.ids, **asked.options())
-        record.rows = soft.rows_present
+        record.rows, record.misses = soft.rows_present, _misses(soft)
         return JSONResponse(rows_to_json(soft), headers=_digest(soft.digest))
     rows, digest = label_set.fetch_body(asked.ids, **asked.options())
     known = not label_set.row_spec.ragged and asked.on_missing == "error"  # without a look at the answer
-    record.rows = len(asked.ids) if known else wire.decode_rows(rows).rows_present
+    if known:
+        record.rows = len(asked.ids)
+    else:
+        soft = wire.decode_rows(rows)
+        record.rows, record.misses = soft.rows_present, _misses(soft)
+    load.settle(record, most, rows.nbytes)
     return Response(rows.data, headers=_digest(digest), media_type=SAFETENSORS)
 
 
-def _missing(label_set: Readable, asked: MissingRequest, wanted: str, _record: Record) -> Response:
+def _missing(label_set: Readable, asked: MissingRequest, wanted: str, _record: Record, _load: Load) -> Response:
     states = label_set.states(asked.ids, digest=asked.digest)
     if wanted == SAFETENSORS:
         return Response(wire.encode({"state": states}), media_type=SAFETENSORS)
     return JSONResponse({"unknown": asked.ids.at(states == UNKNOWN), "unlabelled": asked.ids.at(states == UNLABELLED)})
+
+
+def _misses(soft: SoftLabels) -> int:
+    """How many examples of an answer with a mask have no labels."""
+    return 0 if soft.present is None else int(len(soft.present) - soft.present.sum())
+
+
+def _most_bytes(label_set: Readable, ids: int, wanted: str) -> int:
+    """Of an answer to so many ids, before it is made."""
+    spec, most = label_set.row_spec, Limits().response_bytes
+    size = most if spec.ragged else min(most, spec.nbytes(ids, ids))
+    return size * JSON_BYTES if wanted == JSON else size
 
 
 def _digest(digest: str | None) -> dict[str, str]:

@@ -7,28 +7,30 @@ and port 0 is known before anyone is told.
 import errno
 import gc
 import ipaddress
-import json
 import signal
 import socket
 import sys
 import threading
-import uuid
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from logitcache.labels import problem
-from logitcache.labels.errors import InvalidRequest, RequestRefused, ServerFault
+from logitcache.labels.errors import InvalidRequest, ServerFault
 from logitcache.server import logs
 from logitcache.server.config import Config
+from logitcache.server.http.access import Access
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.protocol import SWEEP_S, ProblemProtocol
+from logitcache.server.http.workers import supervise
 from logitcache.server.jobs.queue import Jobs
+from logitcache.server.keys import Keys, KnownKeys
 from logitcache.storage import label_set_names
 from logitcache.storage.files import Files
 
@@ -37,9 +39,6 @@ KEEP_ALIVE_S = 120
 
 DRAIN_S = 8
 """How long requests under way may take to finish after SIGTERM: less than the 10 s after which Docker kills."""
-
-MAX_HEAD_BYTES = 64 << 10
-"""Bytes that a request's first line and headers may have together."""
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
@@ -55,11 +54,20 @@ def serve(
     verify: Literal["strict", "background"] = "strict",
     scrub_hours: float = 24.0,
     log_level: Literal["debug", "info", "warning"] = "info",
-    auth: Literal["none"] | None = None,
+    auth: Literal["keys", "none"] | None = None,
+    allow_host: Sequence[str] = (),
     record: bool = False,
+    workers: int = 1,
     config: Config | None = None,
 ) -> None:
     """Serve the label sets of a store until SIGTERM or Ctrl-C; requests under way are finished first.
+
+    Keys are wanted where ``auth`` is "keys", or where it is not given and the store has keys, or the address is open to
+    others. Besides IP addresses, names without a dot and this machine's own, a server is asked by those of
+    ``allow_host`` alone.
+
+    Several ``workers`` are as many processes at one address, which open the same label sets, add their metrics up, and
+    of which one has the jobs; one that dies is replaced.
 
     With a configuration that registers teachers and datasets it runs jobs too, with ``record`` it takes what runs
     record; either makes the store's folder if there is none. The options are those given here, whatever the
@@ -67,30 +75,84 @@ def serve(
 
     Raises:
         StoreNotFound: the folder does not exist.
-        InvalidRequest: the address cannot be listened on, or is open to others and ``auth`` does not say "none".
+        InvalidRequest: the address cannot be listened on; or several workers are to record; or the address is open to
+            others, the store has no keys, and ``auth`` does not say "none".
         KeyboardInterrupt: ended by Ctrl-C.
     """
     runs_jobs = config is not None and bool(config.teachers and config.datasets)
     if (runs_jobs or record) and store.parent.is_dir():
         Files().make_folder(store)
+        Files().fsync(store.parent)
+    if record and workers > 1:
+        raise InvalidRequest(
+            f"a recording is one process's: serve with --workers 1 to record, not with {workers}", workers=workers
+        )
     names = label_set_names(store)
-    with listening(host, port, auth) as listener:
+    has_keys = auth != "none" and bool(Keys(store).read())
+    with listening(host, port, open_to_others=auth == "none" or has_keys) as listener:
         logs.configure(level=log_level)
         url = url_of(listener)
-        catalog = Catalog(store, verify=verify, scrub_s=scrub_hours * 3600 or None)
-        server = _Server(
-            create_app(catalog, Jobs(store, config) if config is not None and runs_jobs else None, record=record),
-            ready=lambda: _log.info(f"listening on {url}", url=url, store=str(store), label_sets=len(names)),
+        wants_keys = auth == "keys" or has_keys
+        work = Work(
+            listener,
+            store,
+            verify=verify,
+            scrub_s=scrub_hours * 3600 or None,
+            log_level=log_level,
+            wants_keys=wants_keys,
+            hosts=frozenset(name.lower().rstrip(".") for name in (host, *allow_host)),
+            record=record,
+            config=config if runs_jobs else None,
         )
+
+        def ready() -> None:
+            _log.info(
+                f"listening on {url}",
+                url=url,
+                store=str(store),
+                label_sets=len(names),
+                keys=wants_keys,
+                workers=workers,
+            )
+
+        try:
+            if workers == 1:
+                work.run(ready)
+            else:
+                supervise(work, workers, ready)
+        finally:
+            _log.info("stopped", url=url)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process of a server does; it can be sent to another process."""
+
+    listener: socket.socket
+    store: Path
+    verify: Literal["strict", "background"]
+    scrub_s: float | None
+    log_level: Literal["debug", "info", "warning"]
+    wants_keys: bool
+    hosts: frozenset[str]
+    record: bool
+    config: Config | None
+
+    def run(self, ready: Callable[[], object]) -> None:
+        """Serve until SIGTERM or Ctrl-C; ``ready`` is called when it listens."""
+        app = create_app(
+            Catalog(self.store, verify=self.verify, scrub_s=self.scrub_s),
+            None if self.config is None else Jobs(self.store, self.config),
+            record=self.record,
+            access=Access(KnownKeys(Keys(self.store)) if self.wants_keys else None, self.hosts),
+        )
+        server = _Server(app, ready)
         # uvicorn drains on SIGTERM and then raises it anew; a stop that was asked for is not a failure.
         signal.signal(signal.SIGTERM, _stop)
         # What is imported lives as long as the process: looking through it again and again would hold requests up.
         gc.collect()
         gc.freeze()
-        try:
-            server.run(sockets=[listener])
-        finally:
-            _log.info("stopped", url=url)
+        server.run(sockets=[self.listener])
 
 
 def _stop(_number: int, _frame: object) -> NoReturn:
@@ -131,65 +193,6 @@ def running(app: ASGIApp) -> Iterator[str]:
             thread.join()
 
 
-class ProblemProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, but for what it refuses before there is a request: that is a problem like all others."""
-
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes that arrived, unless headers or trailers have no end: the parser would keep them all."""
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
-
-    def on_headers_complete(self) -> None:
-        """Begin to answer.
-
-        Raises:
-            ValueError: the request could be read in two ways; the parser makes a refusal of it.
-        """
-        names = [name for name, _ in self.headers]
-        if names.count(b"host") != 1 and self.parser.get_http_version() != "1.0":
-            raise ValueError("one Host header is wanted")  # RFC 9112, 3.2
-        if b"#" in self.url:
-            raise ValueError("a path ends before #, and could name another example")
-        if self.parser.should_upgrade() and not {b"content-length", b"transfer-encoding"}.isdisjoint(names):
-            raise ValueError("the parser takes the body behind an Upgrade for another protocol's")
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body, which `messages.read_body` bounds."""
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """What follows is another request."""
-        self._head_bytes = 0
-        super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are not HTTP, after what was asked for before them; and close the connection."""
-        cycle = self.cycle
-        under_way = cycle is not None and not cycle.response_complete
-        if under_way and not cycle.more_body:
-            cycle.keep_alive = False  # so it closes after the last answer that is owed
-            return
-        if under_way and (cycle.response_started or self.pipeline):
-            self.transport.close()  # this answer would stand in the place of another
-            return
-        request_id = uuid.uuid4().hex
-        refused = RequestRefused("these bytes are not an HTTP/1.1 request that can be answered; mend the client")
-        body = json.dumps(problem.to_problem(refused, request_id)).encode()
-        _log.info("request refused", request_id=request_id, status=400, code=refused.code, why=msg[:200])
-        head = (
-            f"HTTP/1.1 400 Bad Request\r\ncontent-type: {problem.MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """uvicorn as configured here; it says when it is ready."""
 
@@ -211,6 +214,15 @@ class _Server(uvicorn.Server):
         )
         self._ready = ready
 
+    async def on_tick(self, counter: int) -> bool:
+        """Called every tenth of a second."""
+        if counter % int(SWEEP_S * 10) == 0:
+            now_s = time.monotonic()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, ProblemProtocol):
+                    connection.look(now_s)
+        return await super().on_tick(counter)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
@@ -218,8 +230,8 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def listening(host: str, port: int, auth: Literal["none"] | None = None) -> Iterator[socket.socket]:
-    """A socket that listens on this address; port 0 takes a free one. An address open to others needs ``auth="none"``.
+def listening(host: str, port: int, *, open_to_others: bool = False) -> Iterator[socket.socket]:
+    """A socket that listens on this address; port 0 takes a free one. Others may reach it only if that is said.
 
     Raises:
         InvalidRequest: the port is in use or not permitted, or the host is not one of this machine's.
@@ -228,7 +240,7 @@ def listening(host: str, port: int, auth: Literal["none"] | None = None) -> Iter
         raise InvalidRequest(f"port {port} does not exist: ports are 0 to 65535, and 0 takes a free one", port=port)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        check_exposure(str(address[0]), auth)
+        check_exposure(str(address[0]), open_to_others=open_to_others)
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # asyncio does this for sockets that it binds itself. Without it Nagle's algorithm and delayed acknowledgements
         # hold the last piece of every second answer back for 40 ms.
@@ -257,16 +269,16 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def check_exposure(address: str, auth: Literal["none"] | None) -> None:
-    """Refuse an address to which others can connect, unless told that no keys are wanted.
+def check_exposure(address: str, *, open_to_others: bool) -> None:
+    """Refuse an address to which others can connect, unless there are keys or it was said that none are wanted.
 
     Raises:
-        InvalidRequest: the address is not a loopback one and ``auth`` is not "none".
+        InvalidRequest: the address is not a loopback one.
     """
-    if auth == "none" or ipaddress.ip_address(address).is_loopback:
+    if open_to_others or ipaddress.ip_address(address).is_loopback:
         return
     raise InvalidRequest(
-        f"{address} can be reached from other machines, and this version has no keys: anyone who connects could read "
-        "every label set. Serve on 127.0.0.1, or say `--auth none` if the network itself keeps others out",
+        f"{address} can be reached from other machines, and the store has no keys: make one with `logitcache keys make "
+        "NAME`; or serve on 127.0.0.1, or say `--auth none` if the network itself keeps others out",
         host=address,
     )

@@ -5,11 +5,15 @@
 | ``job.json`` | the server | the job; replaced durably at every step |
 | ``log.txt`` | the process | what it printed, one attempt after another |
 | ``progress.json`` | the process | how far it is, replaced twice a second at most |
+| ``under-way.txt`` | the process | what it does at this moment |
 | ``outcome.json`` | the process | how it ended; replaced durably |
+| ``traceback.txt`` | the process | where it failed; never told over HTTP |
+| ``alive.lock`` | the process | locked while it lives |
 """
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,12 +21,16 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from logitcache.server.jobs.job import Job, Outcome, Progress
-from logitcache.server.jobs.recording import OUTCOME, PROGRESS, write_json
+from logitcache.server.jobs.recording import OUTCOME, PROGRESS, is_alive, write_json
 from logitcache.server.logs import logger
+from logitcache.server.under_way import NAME as UNDER_WAY
+from logitcache.server.under_way import last_under_way
 from logitcache.storage.files import Files
 
 FOLDER = ".jobs"
 """In the store; no label set can have this name."""
+
+JOB = "job.json"
 
 TAIL_LINES, TAIL_BYTES = 50, 16 << 10
 """How much of a log is told."""
@@ -51,10 +59,9 @@ class JobFolder:
         Raises:
             StorageFault: as `Files` does.
         """
-        if not self.path.is_dir():
-            Files().make_folder(self.path)
-            Files().fsync(self.path.parent)
-        write_json(self.path / "job.json", job.model_dump(mode="json"))
+        Files().make_folder(self.path)
+        Files().fsync(self.path.parent)  # a killed server may have made it, and not synced its name
+        write_json(self.path / JOB, job.model_dump(mode="json"))
 
     def clear(self, attempt: int) -> None:
         """Forget how an earlier attempt went, but for its log: in it the next one begins under a heading.
@@ -62,15 +69,27 @@ class JobFolder:
         Raises:
             OSError, StorageFault: the log cannot be written, or a file not be removed.
         """
-        for name in (OUTCOME, PROGRESS):
+        for name in (OUTCOME, PROGRESS, UNDER_WAY):
             Files().remove(self.path / name)
         if attempt > 1:
             with self.log.open("a") as log:
                 log.write(f"--- attempt {attempt}\n")
 
+    def remove(self) -> None:
+        """Forget the job, with its log.
+
+        Raises:
+            StorageFault: as `Files` does.
+        """
+        # This first: without it there is no job, whatever is left of the folder.
+        Files().remove(self.path / JOB)
+        Files().fsync(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def read(self) -> Job | None:
         """The job; None where a crash left a folder without one, or a file that no server of this version wrote."""
-        return _read(self.path / "job.json", Job)
+        job = _read(self.path / JOB, Job)
+        return job if job is not None and job.id == self.path.name else None
 
     def progress(self) -> Progress | None:
         """How far its process is, or was at its end."""
@@ -79,6 +98,18 @@ class JobFolder:
     def outcome(self) -> Outcome | None:
         """How its process ended; None if it could not say."""
         return _read(self.path / OUTCOME, Outcome)
+
+    def under_way(self) -> str:
+        """What its process was doing when it ended; empty where that is not known."""
+        return last_under_way(self.path)
+
+    def is_alive(self) -> bool:
+        """Does a process of it live, even one whose number means nothing here?
+
+        Raises:
+            StorageFault: that cannot be found out.
+        """
+        return self.path.is_dir() and is_alive(self.path)
 
     def log_tail(self) -> list[str]:
         """The last lines of its log: `TAIL_LINES` and `TAIL_BYTES` at most."""
@@ -101,7 +132,7 @@ def read_jobs(jobs: Path) -> Iterator[Job]:
         return
     for name in names:
         job = JobFolder(jobs, name).read()
-        if job is not None and job.id == name:
+        if job is not None:
             yield job
 
 

@@ -4,7 +4,7 @@ Values only; `folder` writes them down, `process` runs them, `queue` moves them 
 """
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,9 @@ MOST_CLASSES = 2**31 - 1
 
 MOST_TEACHERS = 100
 """Of an ensemble."""
+
+MOST_ATTEMPTS = 20
+"""Of a job, that are told."""
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -161,6 +164,19 @@ class Outcome(BaseModel):
     error: JobError | None = None
 
 
+class Attempt(BaseModel):
+    """An attempt that is over: when, how, by which signal if by one, and why it did not succeed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    started: AwareDatetime
+    ended: AwareDatetime
+    state: State
+    signal: str | None = Field(default=None, description="That ended its process, as SIGKILL.")
+    error: JobError | None = None
+
+
 class JobState(BaseModel):
     """A job as the API tells it. Times are UTC; ``attempt`` counts from 1 and grows each time it is queued anew."""
 
@@ -171,6 +187,9 @@ class JobState(BaseModel):
     state: State = "queued"
     attempt: int = 1
     created: AwareDatetime
+    not_before: AwareDatetime | None = Field(
+        default=None, description="Its process died, and the next attempt begins by itself, but not before then."
+    )
     started: AwareDatetime | None = Field(default=None, description="When this attempt's process began.")
     stop_asked: AwareDatetime | None = Field(default=None, description="When its process was told to stop.")
     ended: AwareDatetime | None = None
@@ -179,8 +198,9 @@ class JobState(BaseModel):
 
 
 class JobDetail(JobState):
-    """A job, how far it is, and the end of its log."""
+    """A job, its attempts so far, how far it is, and the end of its log."""
 
+    attempts: list[Attempt] = Field(description=f"Those that are over, the last {MOST_ATTEMPTS}, the latest last.")
     progress: Progress | None
     log: list[str] = Field(description="The last lines that its process printed.")
 
@@ -188,14 +208,17 @@ class JobDetail(JobState):
 class Job(JobState):
     """A job as its state file holds it.
 
-    ``asked`` is its place in the queue, ``restarts`` how often it was queued anew because its process was gone when a
-    server started, ``device`` the queue in which it runs.
+    ``asked`` is its place in the queue, ``restarts`` how often in a row it was queued anew because its process had died
+    and nothing was committed meanwhile, ``committed`` how many shards were when this attempt began, ``device`` the
+    queue in which it runs.
     """
 
     asked: AwareDatetime
     restarts: int = 0
+    committed: int = 0
     process: ProcessId | None = None
     device: str | None = None
+    attempts: list[Attempt] = []
 
     @model_validator(mode="after")
     def _runs_as_a_process(self) -> "Job":
@@ -204,41 +227,64 @@ class Job(JobState):
         return self
 
     @classmethod
-    def of(cls, request: JobRequest) -> "Job":
+    def of(cls, request: JobRequest, at: datetime | None = None) -> "Job":
         """A new job, queued."""
-        now = datetime.now(UTC)
-        return cls(id=request.job_id, request=request, created=now, asked=now)
+        asked = at or datetime.now(UTC)
+        return cls(id=request.job_id, request=request, created=asked, asked=asked)
 
-    def queued_anew(self, *, restarts: int = 0) -> "Job":
-        """The next attempt. One that a server queues by itself keeps its place."""
-        asked = self.asked if restarts else datetime.now(UTC)
+    def asked_anew(self, at: datetime | None = None) -> "Job":
+        """The next attempt, because it was asked for again."""
+        return self._queued(asked=at or datetime.now(UTC))
+
+    def retried(self, restarts: int, after_s: float, error: JobError, signal: str | None = None) -> "Job":
+        """The next attempt, which a server queues by itself: its process died. It keeps its place."""
+        over = self.over("failed", error=error, signal=signal)
+        wait = timedelta(seconds=after_s)
+        return over._queued(asked=self.asked, restarts=restarts, not_before=datetime.now(UTC) + wait)
+
+    def _queued(self, **given: Any) -> "Job":
         return Job(
             id=self.id,
             request=self.request,
             attempt=self.attempt + 1,
             created=self.created,
-            asked=asked,
-            restarts=restarts,
+            attempts=self.attempts,
+            **given,
         )
 
-    def running(self, process: ProcessId, device: str) -> "Job":
-        """Its process began."""
-        now = datetime.now(UTC)
-        return self.model_copy(update={"state": "running", "process": process, "device": device, "started": now})
+    def running(self, process: ProcessId, device: str, committed: int = 0) -> "Job":
+        """Its process began, with so many shards committed before."""
+        begun = {"process": process, "device": device, "committed": committed}
+        return self.model_copy(update={"state": "running", "started": datetime.now(UTC), "not_before": None} | begun)
 
-    def cancelling(self) -> "Job":
-        """Its process was told to stop."""
-        return self.model_copy(update={"stop_asked": self.stop_asked or datetime.now(UTC)})
+    def cancelling(self, at: datetime | None = None) -> "Job":
+        """Its process is to be stopped."""
+        return self.model_copy(update={"stop_asked": self.stop_asked or at or datetime.now(UTC)})
 
-    def over(self, state: State, *, digest: str | None = None, error: JobError | None = None) -> "Job":
-        """It ended."""
-        end = {"state": state, "ended": datetime.now(UTC), "process": None, "digest": digest, "error": error}
-        return self.model_copy(update=end)
+    def over(
+        self,
+        state: State,
+        *,
+        digest: str | None = None,
+        error: JobError | None = None,
+        signal: str | None = None,
+        at: datetime | None = None,
+    ) -> "Job":
+        """It ended; if it had begun, that was an attempt."""
+        ended = at or datetime.now(UTC)
+        attempts = self.attempts
+        if self.started is not None:
+            tried = Attempt(
+                attempt=self.attempt, started=self.started, ended=ended, state=state, signal=signal, error=error
+            )
+            attempts = [*attempts, tried][-MOST_ATTEMPTS:]
+        end = {"state": state, "ended": ended, "process": None, "digest": digest, "error": error, "not_before": None}
+        return self.model_copy(update=end | {"attempts": attempts})
 
     def detail(self, progress: Progress | None, log: list[str]) -> JobDetail:
         """What the API tells of it alone."""
         told = {name: getattr(self, name) for name in JobState.model_fields}
-        return JobDetail(**told, progress=progress, log=log)
+        return JobDetail(**told, attempts=self.attempts, progress=progress, log=log)
 
 
 def parse_asked(body: bytes) -> Asked:

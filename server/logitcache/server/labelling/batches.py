@@ -14,7 +14,7 @@ from logitcache.labels.errors import DatasetFault, shown
 from logitcache.labels.fingerprints import fingerprints
 from logitcache.labels.ids import Ids
 from logitcache.labels.soft_labels import splits_of
-from logitcache.server.labelling.items import Example, Kind
+from logitcache.server.labelling.items import Example, Kind, told_id
 from logitcache.server.labelling.survey import keys_of
 
 PADDING = 0
@@ -95,11 +95,44 @@ class Batch:
         at = int(np.searchsorted(self.splits, row, side="right")) - 1
         return int(self.ordinals[at]), None if self.lengths is None else row - int(self.splits[at])
 
+    def alone(self, at: int) -> "Batch":
+        """The batch of one of its examples, cut to its own length."""
+        one = slice(at, at + 1)
+        rows = slice(int(self.splits[at]), int(self.splits[at + 1]))
+        return Batch(
+            ordinals=self.ordinals[one],
+            ids=self.ids[one],
+            inputs=self.inputs[one] if self.lengths is None else self.inputs[one, : rows.stop - rows.start],
+            fingerprints=self.fingerprints[one],
+            lengths=None if self.lengths is None else self.lengths[one],
+            targets=None if self.targets is None else self.targets[rows],
+            views=self.views[one],
+        )
+
+    def named(self, at: int) -> str:
+        """One of its examples in words: its ordinal, its id where that is another, its view where it has several."""
+        ordinal = int(self.ordinals[at])
+        view = f", view {self.views[at]}" if self.views.any() else ""
+        return f"example {ordinal:,}{told_id(ordinal, self.ids.at([at])[0])}{view}"
+
+    def ids_told(self) -> str:
+        """From which id to which, as `` (ids 'a' to 'b')``; empty where ids are the ordinals."""
+        first, last = self.ids.at([0])[0], self.ids.at([len(self.ordinals) - 1])[0]
+        if first == int(self.ordinals[0]) and last == int(self.ordinals[-1]):
+            return ""
+        return f" (ids {first!r:.80} to {last!r:.80})" if len(self.ordinals) > 1 else f" (id {first!r:.80})"
+
     def __str__(self) -> str:
-        first, last = int(self.ordinals[0]), int(self.ordinals[-1])
-        if len(self.ordinals) > 1 and np.array_equal(self.ordinals, np.arange(first, last + 1)):
-            return f"examples {first:,} to {last:,}"
-        return f"example{'s' if len(self.ordinals) > 1 else ''} {shown(self.ordinals.tolist())}"
+        return told_ordinals(self.ordinals)
+
+
+def told_ordinals(ordinals: Sequence[int] | np.ndarray) -> str:
+    """Examples in words: from which to which where they follow each other, else the first few."""
+    given = np.asarray(ordinals)
+    first, last = int(given[0]), int(given[-1])
+    if len(given) > 1 and np.array_equal(given, np.arange(first, last + 1)):
+        return f"examples {first:,} to {last:,}"
+    return f"example{'s' if len(given) > 1 else ''} {shown(given.tolist())}"
 
 
 def _fingerprints(examples: Sequence[Example], inputs: torch.Tensor, kind: Kind) -> np.ndarray:
@@ -125,14 +158,14 @@ def _stacked(examples: Sequence[Example]) -> torch.Tensor:
             tensors.append(torch.as_tensor(example.input))
         except (TypeError, RuntimeError, ValueError) as error:
             raise DatasetFault(
-                f"the input of example {example.ordinal:,} is no tensor of numbers: {error}", example=example.ordinal
+                f"the input of {example} is no tensor of numbers: {error}", example=example.ordinal
             ) from None
     shape, dtype = tensors[0].shape, tensors[0].dtype
     for example, tensor in zip(examples, tensors, strict=True):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise DatasetFault(
-                f"the input of example {example.ordinal:,} is {tensor.dtype} of shape {tuple(tensor.shape)}, that of "
-                f"example {examples[0].ordinal:,} is {dtype} of shape {tuple(shape)}: they must be equal "
+                f"the input of {example} is {tensor.dtype} of shape {tuple(tensor.shape)}, that of "
+                f"{examples[0]} is {dtype} of shape {tuple(shape)}: they must be equal "
                 "to be stacked (token sequences of any length are given as 'input_ids')",
                 example=example.ordinal,
             )

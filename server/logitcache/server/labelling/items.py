@@ -64,9 +64,15 @@ class Example:
         try:
             return fingerprint(self.input)
         except (TypeError, RuntimeError, ValueError) as error:
-            raise DatasetFault(
-                f"the input of example {self.ordinal:,} is no tensor of numbers: {error}", example=self.ordinal
-            ) from None
+            raise DatasetFault(f"the input of {self} is no tensor of numbers: {error}", example=self.ordinal) from None
+
+    def __str__(self) -> str:
+        return f"example {self.ordinal:,}{told_id(self.ordinal, self.id)}"
+
+
+def told_id(ordinal: int, id: int | str) -> str:
+    """An example's id in brackets, where it is not its ordinal."""
+    return "" if id == ordinal else f" (id {id!r:.80})"
 
 
 class _Parts(NamedTuple):
@@ -108,6 +114,13 @@ def read_item(item: Any, ordinal: int, kind: Kind, view: int = 0) -> Example:
         given, first = ("'input_ids'", "none") if parts.causal else ("no 'input_ids'", "some")
         raise _fault(ordinal, f"has {given}, example 0 has {first}: all examples must be of one kind")
     id = _id(parts.id, ordinal, kind.ids)
+    try:
+        return _read(parts, ordinal, id, kind, view)
+    except DatasetFault as fault:
+        raise DatasetFault(fault.message + told_id(ordinal, id), **fault.details) from fault.__cause__
+
+
+def _read(parts: _Parts, ordinal: int, id: int | str, kind: Kind, view: int) -> Example:
     if kind.causal:
         tokens = cut_tokens(parts.input, parts.mask, ordinal)
         targets = next_targets(parts.target, tokens, ordinal) if kind.targets else None

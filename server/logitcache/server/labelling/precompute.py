@@ -12,13 +12,15 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from logitcache.labels.bill import TeacherTime
 from logitcache.labels.errors import shown
-from logitcache.server.labelling.batches import Batch
+from logitcache.server.labelling.batches import Batch, told_ordinals
 from logitcache.server.labelling.commits import Commits
 from logitcache.server.labelling.comparison import check_appended, check_labelled
 from logitcache.server.labelling.datasets import worker_deaths_told
@@ -159,15 +161,18 @@ def _label_shard(
     filled = ShardArrays(prepared.layout, shard, prepared.facts(shard))
     under_way: Labelled | None = None
     teacher_s = 0.0
-    for _ in prepared.batches_of(shard):
+    for places in prepared.batches_of(shard):
+        reporter.under_way(partial(_reading, places, prepared))
         batch = next(batches)
         filled.check(batch)
+        reporter.under_way(partial(_labelling, batch))
         following = label(prepared.teacher, batch, prepared.layout)
         if under_way is not None:
             teacher_s += _put(under_way, filled, commits, reporter)
         under_way = following
     if under_way is not None:
         teacher_s += _put(under_way, filled, commits, reporter)
+    reporter.under_way(lambda: f"committing shard {shard}")
     teacher_time = TeacherTime(teacher_s, prepared.layout.shard_rows[shard], prepared.teacher.device_name)
     commits.begin(
         shard,
@@ -178,6 +183,14 @@ def _label_shard(
             "run": _run_settings(prepared),
         },
     )
+
+
+def _reading(places: Sequence[int], prepared: Prepared) -> str:
+    return f"reading {told_ordinals(np.unique(np.asarray(places) // prepared.layout.identity.views))}"
+
+
+def _labelling(batch: Batch) -> str:
+    return f"labelling {batch}{batch.ids_told()}"
 
 
 def _put(labelled: Labelled, filled: ShardArrays, commits: Commits, reporter: Reporter) -> float:

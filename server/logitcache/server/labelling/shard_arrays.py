@@ -68,11 +68,11 @@ def _refuse_faulty(rows: Rows, batch: Batch) -> None:
     faulty = faulty_rows(rows)
     if faulty:
         first, reason = next(iter(faulty.items()))
-        ordinal, position = batch.place(first)
+        _, position = batch.place(first)
         where = "" if position is None else f" at position {position:,}"
         at = np.unique(np.searchsorted(batch.splits, list(faulty), side="right") - 1)
         raise TeacherFault(
-            f"the teacher gave {reason} for example {ordinal:,}{where}; {len(at)} of the {len(batch.ordinals)} "
+            f"the teacher gave {reason} for {batch.named(int(at[0]))}{where}; {len(at)} of the {len(batch.ordinals)} "
             f"examples of this batch cannot be stored ({shown(batch.ordinals[at].tolist())})",
             ids=batch.ids.at(at),
         )

@@ -7,6 +7,7 @@ A teacher is a `torch.nn.Module`, or a callable that says its own ``teacher_id``
 import hashlib
 import inspect
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from logitcache.labels.identity import MAX_CLASSES, TeacherId
 from logitcache.labels.selection.transfer import to_device
 from logitcache.server.labelling import specs
 from logitcache.server.labelling.batches import Batch
+
+ALONE_S = 30.0
+"""For how long the examples of a batch on which the teacher failed are tried one by one."""
 
 
 class Teacher:
@@ -43,9 +47,38 @@ class Teacher:
         Token sequences are given as ``forward(input_ids)``, with ``attention_mask=`` if it takes one. ``classes`` is
         how many there must be, None for the first batch. Whether rows are distributions is not checked here.
 
+        Where it fails on a batch, the examples are tried one by one, so that those on which it fails alone are named.
+
         Raises:
             TeacherFault: the teacher raised, or returned no float tensor of that shape.
         """
+        try:
+            return self._labelled(batch, classes)
+        except TeacherFault as fault:
+            # Memory is short whatever the example; and after an error on a GPU everything there fails.
+            in_vain = isinstance(fault.__cause__, torch.OutOfMemoryError) or "CUDA error" in fault.message
+            if in_vain or len(batch.ordinals) == 1:
+                raise TeacherFault(fault.message + batch.ids_told()) from fault.__cause__
+            failing, told = self._tried_alone(batch, classes)
+            raise TeacherFault(f"{fault.message}; tried alone, {told}", ids=batch.ids.at(failing)) from fault.__cause__
+
+    def _tried_alone(self, batch: Batch, classes: int | None) -> tuple[list[int], str]:
+        """Which examples of a batch fail by themselves, and what to say of that."""
+        failing, tried, deadline = [], 0, time.monotonic() + ALONE_S
+        while tried < len(batch.ordinals) and (not tried or time.monotonic() < deadline):
+            try:
+                self._labelled(batch.alone(tried), classes)
+            except TeacherFault:
+                failing.append(tried)
+            tried += 1
+        of = f"of the {tried}" if tried == len(batch.ordinals) else f"of the first {tried}, for lack of time,"
+        if not failing:
+            return failing, f"none {of} fails{batch.ids_told()}: another --batch-size may do"
+        if len(failing) == tried > 1:
+            return failing, f"each {of} fails{batch.ids_told()}"
+        return failing, f"{len(failing)} {of} cannot be labelled, first {batch.named(failing[0])}"
+
+    def _labelled(self, batch: Batch, classes: int | None) -> torch.Tensor:
         try:
             with torch.inference_mode():
                 logits = self._called(batch)

@@ -1,0 +1,152 @@
+"""API keys of a store: made and revoked on the command line, known to the server by their hashes.
+
+One file a key, ``STORE/.keys/NAME.json``, in a folder that its owner alone can read. A key is 256 random bits, so its
+SHA-256 tells nothing about it, and needs no salt. What is in the folder counts within a second, without a restart.
+Knows nothing of HTTP.
+"""
+
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitcache.labels.errors import InvalidRequest, NotFound, StorageFault
+from logitcache.labels.identity import check_name
+from logitcache.server.names import near_or_all
+from logitcache.storage.files import Files, explained
+
+FOLDER = ".keys"
+"""In the store; no label set can have this name."""
+
+KeyScope = Literal["read", "write", "admin"]
+"""What a key may do; each contains those before it."""
+
+PREFIX = "lck_"
+"""Of every key, so that it is known for one where it should not be: in a log, in a repository."""
+
+LOOK_EVERY_S = 0.5
+"""How long what was read of the folder is believed."""
+
+MOST_BYTES = 4096
+"""Of a key's file."""
+
+
+class Key(BaseModel):
+    """What is kept of a key: all but the key itself."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str
+    scope: KeyScope
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    made: float
+    """Seconds since the epoch."""
+
+    def allows(self, scope: KeyScope) -> bool:
+        """Whether the key may do what needs this scope."""
+        order = get_args(KeyScope)
+        return order.index(self.scope) >= order.index(scope)
+
+
+@dataclass
+class Keys:
+    """The keys of a store."""
+
+    store: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.store / FOLDER
+
+    def make(self, name: str, scope: KeyScope) -> str:
+        """A new key; it is told here and never again.
+
+        Raises:
+            InvalidName: it cannot be a name.
+            InvalidRequest: there is a key of this name.
+            StorageFault: as `Files` does.
+        """
+        check_name(name)
+        secret = PREFIX + secrets.token_urlsafe(32)
+        key = Key(name=name, scope=scope, sha256=_hash(secret), made=round(time.time(), 3))
+        files, final = Files(), self.folder / f"{name}.json"
+        if not self.folder.is_dir():
+            files.make_folder(self.folder)
+            files.fsync(self.store)
+        with explained(self.folder):
+            self.folder.chmod(0o700)
+        if final.exists():
+            raise InvalidRequest(f"there is a key {name!r}; revoke it first, or give the new one another name")
+        files.create(self.folder / f".{name}.{secrets.token_hex(8)}", final, key.model_dump_json().encode())
+        return secret
+
+    def revoke(self, name: str) -> None:
+        """Forget a key: it is refused within a second.
+
+        Raises:
+            NotFound: there is none of this name.
+            StorageFault: as `Files` does.
+        """
+        check_name(name)
+        if name not in (names := self.names()):
+            raise NotFound(f"there is no key {name!r}; {near_or_all(name, names)}")
+        Files().remove(self.folder / f"{name}.json")
+        Files().fsync(self.folder)
+
+    def names(self) -> list[str]:
+        """Of all keys, sorted.
+
+        Raises:
+            StorageFault: the folder cannot be read.
+        """
+        with explained(self.folder):
+            return sorted(path.stem for path in self.folder.glob("[!.]*.json")) if self.folder.exists() else []
+
+    def read(self) -> list[Key]:
+        """All keys, by name.
+
+        Raises:
+            StorageFault: one cannot be read, or is none.
+        """
+        return [_read(self.folder / f"{name}.json") for name in self.names()]
+
+
+class KnownKeys:
+    """The keys of a store as a server asks for them, read again when they may have changed."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys, self._known, self._read_s = keys, list[Key](), float("-inf")
+
+    def find(self, secret: str) -> Key | None:
+        """The key that this is; None if it is none.
+
+        All are compared, in constant time each, whichever it is.
+
+        Raises:
+            StorageFault: the keys cannot be read: nobody is let in.
+        """
+        if time.monotonic() - self._read_s > LOOK_EVERY_S:
+            self._known, self._read_s = self._keys.read(), time.monotonic()
+        hashed, found = _hash(secret), None
+        for key in self._known:
+            if hmac.compare_digest(key.sha256, hashed):
+                found = key
+        return found
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(path: Path) -> Key:
+    try:
+        with explained(path), path.open("rb") as file:
+            return Key.model_validate_json(file.read(MOST_BYTES))
+    except ValidationError:
+        raise StorageFault(f"{path} holds no key; remove it, and make the key anew") from None

@@ -1,0 +1,236 @@
+"""What a server takes on at once has bounds, and a peer that stops does not keep what it holds."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from anyio import CapacityLimiter
+
+from logitcache.client import connect
+from logitcache.labels import wire
+from logitcache.labels.errors import ServerBusy
+from logitcache.labels.ids import as_ids
+from logitcache.server.http import protocol, serve
+from logitcache.server.http.app import READERS, create_app
+from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.load import Load
+from logitcache.server.http.record import Record
+from logitcache.server.http.serve import running
+from logitcache.storage import LocalLabelSet
+
+FETCH = "/v1/label-sets/digits/fetch"
+SAFETENSORS = {"Content-Type": wire.MEDIA_TYPE}
+EVERYTHING = bytes(wire.encode_ids(as_ids(list(range(10_000)) * 6)))
+"""A fetch with an answer of some 2 MB: more than the sockets between hold."""
+
+
+def until(claim: Any) -> None:
+    """Wait until it holds; pytest's own time limit ends the wait."""
+    pause = threading.Event()
+    while not claim():
+        pause.wait(0.01)
+
+
+def sent(url: str, data: bytes) -> socket.socket:
+    """A connection over which so much was sent."""
+    at = httpx.URL(url)
+    connection = socket.create_connection((at.host, at.port or 0), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def head(length: int) -> bytes:
+    kind = wire.MEDIA_TYPE
+    return f"POST {FETCH} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def test_bytes_beyond_the_bound_are_refused_before_they_are_read(finished_store: Path) -> None:
+    load = Load(most_bytes=1 << 20)
+    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, head(1_000_000)) as slow:
+        until(lambda: load.bytes == 1_000_000)
+        refused = httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING[:100_000])
+        assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (
+            503,
+            "server-busy",
+            "1",
+        )
+        assert refused.json()["retry"] is True
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        slow.close()
+        until(lambda: load.bytes == 0)
+        assert httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING).status_code == 200
+        until(lambda: load.bytes == 0)
+
+
+def test_chunks_count_as_they_come(finished_store: Path) -> None:
+    load = Load(most_bytes=1 << 20)
+    chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, chunked) as slow:
+        slow.sendall(b"%x\r\n%s\r\n" % (700_000, b"x" * 700_000))
+        until(lambda: load.bytes == 700_000)
+        with sent(url, chunked) as other:
+            other.sendall(b"%x\r\n%s\r\n" % (700_000, b"x" * 700_000))
+            assert other.recv(12) == b"HTTP/1.1 503"
+        slow.close()
+        until(lambda: load.bytes == 0)
+
+
+def test_an_answer_that_nobody_takes_counts_until_its_connection_is_closed(finished_store: Path) -> None:
+    load = Load(most_bytes=3 << 20)
+    with running(create_app(Catalog(finished_store), load=load)) as url, ExitStack() as stack:
+        statuses: set[int] = set()
+        while 503 not in statuses:  # they pile up until there is no room
+            stack.enter_context(sent(url, head(len(EVERYTHING)) + EVERYTHING))
+            statuses.add(httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING).status_code)
+        stack.close()
+        until(lambda: load.bytes == 0)
+        assert httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING).status_code == 200
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that looks often and waits shortly."""
+    monkeypatch.setattr(serve, "SWEEP_S", 0.1)
+    for name in ("SLOW_S", "SILENT_S"):
+        monkeypatch.setattr(protocol, name, 0.5)
+
+
+SLOW: dict[str, bytes] = {
+    "nothing": b"",
+    "half a head": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    "half a body": head(1000) + b"x" * 500,
+    "an answer that is not taken": head(len(EVERYTHING)) + EVERYTHING,
+}
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_a_peer_that_stops_is_closed(finished_store: Path, impatient: None, what: str) -> None:
+    load = Load()
+    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, SLOW[what]) as slow:
+        if what == "an answer that is not taken":
+            until(lambda: load.bytes > 0)
+            until(lambda: load.bytes == 0)
+            return
+        answer = b"".join(iter(lambda: slow.recv(65_536), b""))
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408 Request Timeout")
+
+
+@pytest.mark.parametrize("name", ["half a head", "half a body"])
+def test_a_peer_that_dribbles_is_closed(finished_store: Path, impatient: None, name: str) -> None:
+    with running(create_app(Catalog(finished_store))) as url, sent(url, SLOW[name]) as slow:
+        pause = threading.Event()
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 20:
+                slow.sendall(b"x")
+                pause.wait(0.05)
+        assert time.monotonic() - began < 20
+
+
+def test_a_peer_that_is_slow_but_steady_is_served(finished_store: Path, impatient: None) -> None:
+    with running(create_app(Catalog(finished_store))) as url, sent(url, b"") as connection:
+        pause = threading.Event()
+        for _ in range(8):  # seconds of it in all, more than the patience for one
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+            pause.wait(0.2)
+
+
+def test_connections_beyond_what_the_process_may_open_are_told_so(
+    finished_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "most_connections", lambda: 3)
+    with running(create_app(Catalog(finished_store))) as url, ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(sent(url, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        with sent(url, b"") as one_more:
+            answer = b"".join(iter(lambda: one_more.recv(65_536), b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "server-busy"
+
+
+@pytest.fixture
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Fetches that take a thread, and do not end before this is set."""
+    released = threading.Event()
+    fetch_body = LocalLabelSet.fetch_body
+
+    def held(self: LocalLabelSet, *arguments: Any, **options: Any) -> Any:
+        released.wait()
+        return fetch_body(self, *arguments, **options)
+
+    monkeypatch.setattr(LocalLabelSet, "fetch_body", held)
+    monkeypatch.setattr(LocalLabelSet, "is_at_hand", lambda self, examples: False)
+    yield released
+    released.set()
+
+
+def test_requests_that_would_wait_too_long_are_told_to_come_back_while_the_rest_is_done(
+    finished_store: Path, held_up: threading.Event
+) -> None:
+    waiting = 4
+    app = create_app(Catalog(finished_store), load=Load(most_waiting=waiting))
+    readers: CapacityLimiter = app.state.readers
+    ids = bytes(wire.encode_ids(as_ids([3])))
+    with running(app) as url, ThreadPoolExecutor(READERS + waiting) as threads:
+        asked = [
+            threads.submit(httpx.post, url + FETCH, headers=SAFETENSORS, content=ids, timeout=60)
+            for _ in range(READERS + waiting)
+        ]
+        until(lambda: readers.statistics().tasks_waiting == waiting)
+        refused = httpx.post(url + FETCH, headers=SAFETENSORS, content=ids)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        held_up.set()
+        assert {each.result().status_code for each in asked} == {200}
+
+
+def test_the_sdk_comes_back(finished_store: Path, held_up: threading.Event) -> None:
+    app = create_app(Catalog(finished_store), load=Load(most_waiting=0))
+    with running(app) as url:
+        labels = connect(f"{url}/digits", timeout_s=30)
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(labels.fetch, [3, 1, 4])
+            until(lambda: labels.stats.retries > 0)
+            app.state.load._most_waiting = 1000
+            held_up.set()
+            assert len(asked.result()) == 3
+
+
+def test_a_request_that_is_alone_may_be_larger_than_the_bound() -> None:
+    load, alone, other = Load(most_bytes=100), Record("1", "POST"), Record("2", "POST")
+    load.hold(alone, 80)
+    load.hold(alone, 80)
+    with pytest.raises(ServerBusy, match="160 bytes"):
+        load.hold(other, 1)
+    load.settle(alone, 80, 10)
+    assert (load.bytes, alone.held_bytes) == (90, 90)
+    load.hold(other, 10)
+    with pytest.raises(ServerBusy):
+        load.hold(alone, 1)
+
+
+def test_an_answer_is_complete_however_slowly_it_is_taken(finished_store: Path, impatient: None) -> None:
+    with running(create_app(Catalog(finished_store))) as url:
+        at = httpx.URL(url)
+        connection = http.client.HTTPConnection(at.host, at.port or 0, timeout=20)
+        connection.request("POST", FETCH, EVERYTHING, SAFETENSORS)
+        answer = connection.getresponse()
+        parts = []
+        pause = threading.Event()
+        while part := answer.read(600 << 10):
+            parts.append(part)
+            pause.wait(0.2)
+        assert len(wire.decode_rows(bytearray(b"".join(parts)))) == 60_000
+        connection.close()
