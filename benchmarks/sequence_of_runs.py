@@ -56,10 +56,17 @@ def file_of(out: Path, unit: tuple[str, str, int]) -> Path:
 
 
 def commit() -> str:
-    """The commit that is run, with a plus where files differ from it."""
+    """The commit that is run, with a plus where its code differs from it; the page, which this command writes, does not
+    count.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", "--", ":/", ":!/docs", ":!/benchmarks/results"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return found.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 

@@ -268,7 +268,6 @@ QUICK = Plan(
     {
         "digits": _QUICK_TUNED,
         "modules": _QUICK_TUNED,
-        "language": replace(_LANGUAGE_TUNED, alphas=(0.6,), temperatures=(1.0,), seeds=1, arms=(Arm("cached"),)),
     },
     continual_seeds=1,
     teacher_costs=(1,),

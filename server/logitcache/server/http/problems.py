@@ -5,6 +5,7 @@ One function makes the response; the handlers only turn what they caught into a 
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -45,7 +46,7 @@ def add_handlers(app: FastAPI) -> None:
 def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that ended in this error; its record is told.
 
-    Where the store is on the server's disk is for the log alone: paths in it are told as beginning there.
+    Where the store is on the server's disk is for the log alone: it is told by its last name.
     """
     record = Record.of(scope)
     record.code, record.detail = error.code, error.message[:1000]
@@ -53,7 +54,7 @@ def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str,
         record.misses = len(error.ids)
     content = problem.to_problem(error, record.request_id)
     if isinstance(error, StorageFault | Unavailable):
-        content = _within(content, f"{scope['app'].state.catalog.store}")
+        content = _within(content, scope["app"].state.catalog.store)
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -62,10 +63,10 @@ def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str,
     return JSONResponse(content, content["status"], headers, media_type=problem.MEDIA_TYPE)
 
 
-def _within(told: Any, store: str) -> Any:
-    """The same without the path of the store."""
+def _within(told: Any, store: Path) -> Any:
+    """The same without where the store is."""
     if isinstance(told, str):
-        return told.replace(f"{store}/", "").replace(store, "the store")
+        return told.replace(str(store), store.name)
     if isinstance(told, dict):
         return {name: _within(value, store) for name, value in told.items()}
     return told
