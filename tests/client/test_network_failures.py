@@ -125,7 +125,8 @@ def bits(soft: SoftLabels) -> Any:
 @contextmanager
 def describing(at: Place) -> Iterator[Act]:
     with connect(f"{at.url}/set", timeout_s=at.timeout_s) as labels:
-        yield lambda: labels.describe().to_json() | {"served": None}  # it counts what others fetch meanwhile
+        # What others fetch is counted meanwhile, and shards are verified.
+        yield lambda: labels.describe().to_json() | {"served": None, "shards": None}
 
 
 @contextmanager
