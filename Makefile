@@ -62,7 +62,7 @@ audit: ## Look every pinned package up in the Python advisory database: needs py
 	.venv-audit/bin/python $(PIP_INSTALL) pip-audit
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-proof: $(INSTALLED) ## The tests that take minutes
+proof: $(INSTALLED) ## The tests that take minutes to hours; one of them with python -m pytest -m proof -s FILE
 	$(BIN)/python -m pytest -m proof $(PYTEST_ARGS)
 
 lock: ## Resolve the newest versions and write constraints.txt
