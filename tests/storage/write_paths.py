@@ -4,6 +4,7 @@ A path says what it was told is durable, so that what stands on the disk afterwa
 """
 
 import shutil
+from abc import ABC, abstractmethod
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Told:
 
 
 @dataclass
-class WritePath:
+class WritePath(ABC):
     """One of them; ``path`` is always that of the label set, or of the folder of jobs.
 
     Attributes:
@@ -76,17 +77,17 @@ class WritePath:
         shutil.copytree(self.template, root)
         return self.path(root)
 
+    @abstractmethod
     def run(self, path: Path, files: Files, told: Told) -> None:
         """Do it all, or what is still to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, path: Path, told: Told) -> None:
         """What a reader finds is right, and all that was told durable is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, path: Path) -> Any:
         """What the path comes to: the same each time."""
-        raise NotImplementedError
 
 
 def bits(soft: SoftLabels) -> dict[str, np.ndarray]:
