@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from anyio import CapacityLimiter
+from tests.building import build, reference
 
 from logitcache.client import connect
 from logitcache.labels import wire
@@ -69,6 +70,17 @@ def test_bytes_beyond_the_bound_are_refused_before_they_are_read(finished_store:
         until(lambda: load.bytes == 0)
         assert httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING).status_code == 200
         until(lambda: load.bytes == 0)
+
+
+def test_tokens_and_json_are_answered_beside_others(tmp_path: Path) -> None:
+    build(tmp_path / "tokens", reference(2, alignment="causal"))
+    path, load = "/v1/label-sets/tokens/fetch", Load(most_bytes=4 << 20)
+    with running(create_app(Catalog(tmp_path), load=load)) as url, sent(url, head(1_000_000)):
+        until(lambda: load.bytes == 1_000_000)
+        ids = bytes(wire.encode_ids(as_ids([1, 0])))
+        assert httpx.post(url + path, headers=SAFETENSORS, content=ids).status_code == 200
+        assert httpx.post(url + path, json={"ids": [1], "rows": [0, 1]}).status_code == 200
+        until(lambda: load.bytes == 1_000_000)
 
 
 def test_chunks_count_as_they_come(finished_store: Path) -> None:

@@ -36,7 +36,14 @@ from logitcache.server.http.messages import (
 from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.problems import problem_response
 from logitcache.server.http.record import Record
-from logitcache.server.http.rows_json import example_to_json, fetch_rows, parse_id, parse_rows, rows_to_json
+from logitcache.server.http.rows_json import (
+    MAX_JSON_ROWS,
+    example_to_json,
+    fetch_rows,
+    parse_id,
+    parse_rows,
+    rows_to_json,
+)
 from logitcache.server.wording import counted
 from logitcache.storage import Readable
 
@@ -207,10 +214,16 @@ def _misses(soft: SoftLabels) -> int:
 
 
 def _most_bytes(label_set: Readable, ids: int, wanted: str) -> int:
-    """Of an answer to so many ids, before it is made."""
-    spec, most = label_set.row_spec, Limits().response_bytes
-    size = most if spec.ragged else min(most, spec.nbytes(ids, ids))
-    return size * JSON_BYTES if wanted == JSON else size
+    """Of an answer to so many ids, before it is made.
+
+    Of token sequences it is told afterwards: no more are made at once than there are threads, each within the limits.
+    """
+    spec = label_set.row_spec
+    if wanted == JSON:
+        return JSON_BYTES * spec.nbytes(
+            MAX_JSON_ROWS if spec.ragged else min(ids, MAX_JSON_ROWS), min(ids, MAX_JSON_ROWS)
+        )
+    return 0 if spec.ragged else min(Limits().response_bytes, spec.nbytes(ids, ids))
 
 
 def _digest(digest: str | None) -> dict[str, str]:
