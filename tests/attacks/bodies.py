@@ -235,6 +235,7 @@ def _other_splits() -> Iterator[tuple[str, bytes]]:
         [0, 2**62, 4, 6, last],
         [0, -(2**63), 2**63 - 1, 6, last],
         [0, 0, 0, 0, 2**63 - 1],
+        [0, 2**63 - 1, -2, 6, last],
         [-(2**63), 2, 4, 6, last],
     ):
         yield f"row_splits {splits}", wire.encode(good | {"row_splits": np.array(splits)}, TERMS)

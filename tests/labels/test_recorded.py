@@ -318,6 +318,12 @@ class TestRefused:
             check_recorded(BAD_ROWS[problem](rows), run.terms, "run")
         assert caught.value.details["ids"] == expected
 
+    def test_splits_whose_differences_wrap_are_refused(self) -> None:
+        run = small_run(alignment="causal")
+        wraps = with_soft(row_splits=lambda splits: np.array([0, 2**63 - 1, -2, splits[-1]]))
+        with pytest.raises(ShapeMismatch, match="do not split"):
+            check_recorded(wraps(run.batch([0, 1, 2])), run.terms, "run")
+
     @pytest.mark.parametrize("problem", BAD_TARGETS)
     @pytest.mark.parametrize("kind", [kind for kind, options in RUNS.items() if options.get("targets")])
     def test_targets_that_cannot_be_are_refused(self, kind: str, problem: str) -> None:

@@ -153,6 +153,14 @@ def test_splits_that_do_not_split_the_rows_are_refused(splits: list[int]) -> Non
         wire.decode_rows(wire.encode(good | {"row_splits": np.array(splits)}, metadata))
 
 
+def test_splits_whose_differences_wrap_are_refused() -> None:
+    spec = RowSpec(3, "uint16", "float16", (1.0,), ragged=True)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4, 3).items()}
+    arrays["row_splits"] = np.array([0, 2**63 - 1, -2, 4])
+    with pytest.raises(MalformedMessage, match="do not split 4 rows"):
+        wire.decode_rows(wire.encode(arrays, wire.row_metadata(spec.temperatures, None)))
+
+
 def test_pointwise_rows_are_as_many_as_their_examples() -> None:
     spec = RowSpec(3, "uint16", "float16", (1.0,))
     arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in spec.fields(4, 3).items()}

@@ -95,11 +95,12 @@ class Disk(Files):
     Attributes:
         moment: called before the first operation, after each, and within those that write and sync at once.
         dies_at: the number of the operation before which the process is killed; the disk goes on.
+        dies_within: of one that writes and syncs at once: between the two, so that the next process finds it unsynced.
     """
 
     def __init__(self, root: Path, moment: Callable[[], None], forgets: Forgets = lambda *_: False) -> None:
         self.root, self.moment, self.forgets = root, moment, forgets
-        self.number, self.dies_at, self.syncs = 0, -1, list[tuple[str, Path]]()
+        self.number, self.dies_at, self.dies_within, self.syncs = 0, -1, -1, list[tuple[str, Path]]()
         self.tree = self._load(root)
 
     def _load(self, folder: Path) -> Folder:
@@ -132,6 +133,9 @@ class Disk(Files):
 
     def append(self, handle: int, path: Path, end: int, data: Bytes) -> None:
         self._step(partial(super().append, handle, path, end, data), partial(self._written, "append", path))
+
+    def erase(self, handle: int, path: Path, at: int, size: int) -> None:
+        self._step(partial(super().erase, handle, path, at, size), partial(self._written, "erase", path))
 
     def cut(self, handle: int, path: Path, end: int) -> None:
         self._step(partial(super().cut, handle, path, end), partial(self._written, "cut", path))
@@ -173,6 +177,9 @@ class Disk(Files):
         assert isinstance(file, File)
         file.now = path.read_bytes()
         self.moment()
+        if self.dies_within == self.number - 1:
+            self.dies_at = self.number
+            raise Killed
         self._synced(operation, path)
 
     def _node(self, path: Path) -> File | Folder:

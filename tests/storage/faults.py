@@ -58,6 +58,9 @@ class Counting(Files):
     def append(self, handle: int, path: Path, end: int, data: Bytes) -> None:
         self._do("append", path, partial(super().append, handle, path, end, data))
 
+    def erase(self, handle: int, path: Path, at: int, size: int) -> None:
+        self._do("erase", path, partial(super().erase, handle, path, at, size))
+
     def cut(self, handle: int, path: Path, end: int) -> None:
         self._do("cut", path, partial(super().cut, handle, path, end))
 

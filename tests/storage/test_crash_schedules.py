@@ -144,11 +144,13 @@ class Cuts:
         subsets: int = 1,
         every: int = 1,
         dies_at: int = -1,
+        within: bool = False,
         forgets: Forgets = lambda *_: False,
     ) -> Disk:
         """Run the path undisturbed, with a look at the disk at every so manieth moment.
 
-        ``dies_at`` kills it first, and looks at the run after that: what the first one left unsynced still is.
+        ``dies_at`` kills it first, before an operation or ``within`` it, and looks at the run after that: what the
+        first one left unsynced still is.
         """
         rng, told, seen = random.Random(CUT_SEED), Told(), set[Any]()
         place = self.path.begun(root)
@@ -166,10 +168,10 @@ class Cuts:
 
         disk = Disk(root, moment, forgets)
         if not died:
-            disk.dies_at = dies_at
+            disk.dies_at, disk.dies_within = (-1, dies_at) if within else (dies_at, -1)
             with suppress(Killed):
                 self.path.run(place, disk, told)
-            died, disk.dies_at = True, -1
+            died, disk.dies_at, disk.dies_within = True, -1, -1
         self.path.run(place, disk, told)
         assert same(disk.now) == same(Disk(root, lambda: None).now), "the model is not what stands on the disk"
         every = 1
@@ -220,17 +222,18 @@ def test_a_power_cut_at_every_moment_of_every_write_path_tears_and_loses_nothing
 
 def taken_up(path: WritePath, tmp_path: Path, every: int) -> tuple[int, int]:
     """Kill it at every so manieth operation, go on, cut the power at the end: how many kills, how many states."""
-    total, states = len(operations_of(path, tmp_path / "root")), 0
-    numbers = range(1, total, every)
-    for number in numbers:
+    done, states = operations_of(path, tmp_path / "root"), 0
+    kills = [(number, False) for number in range(1, len(done), every)]
+    kills += [(number, True) for number, (operation, _) in enumerate(done) if operation in ("append", "cut", "erase")]
+    for number, within in kills:
         cuts = Cuts(path)
         try:
-            cuts.run(tmp_path / "root", subsets=0, every=10**9, dies_at=number)
+            cuts.run(tmp_path / "root", subsets=0, every=10**9, dies_at=number, within=within)
             states += cuts.check(tmp_path / "cut")
         except BaseException as error:
-            error.add_note(f"killed before operation {number} of {total}")
+            error.add_note(f"killed {'within' if within else 'before'} operation {number} of {len(done)}")
             raise
-    return len(numbers), states
+    return len(kills), states
 
 
 @pytest.mark.parametrize("name", PATHS)

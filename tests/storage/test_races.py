@@ -1,10 +1,12 @@
 """Two processes or threads at one label set at a time: the orders of events that could go wrong, made to happen."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, refe
 from tests.conformance import assert_rows_equal
 
 from logitcache.labels.errors import DatasetChanged, DigestChanged, LabelSetLocked, RowsMissing, StorageFault
-from logitcache.storage import LocalLabelSet, admission, gather, local, shards
+from logitcache.storage import LocalLabelSet, admission, gather, local, looking, shards
 from logitcache.storage.lock import WriterLock
+
+PREAD = os.pread
+
+TINY: dict[str, Any] = {"k": 1, "classes": 3, "temperatures": (1.0,), "short_by": 4000}
 
 SECOND = ROWS_PER_SHARD
 """First id of shard 1."""
@@ -186,17 +192,23 @@ def test_rows_gathered_before_a_repair_are_not_given_out_after_it(
     reader.close()
 
 
-def test_verifying_reports_a_shard_that_another_reader_withdraws_meanwhile(label_set: Path) -> None:
-    reader = LocalLabelSet(label_set)
+@pytest.mark.usefixtures("no_verifier")
+def test_verifying_reports_a_shard_that_another_reader_withdraws_meanwhile(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, check, done = LocalLabelSet(label_set), admission.check_hashes, list[int]()
 
-    def other_reader(done: int, total: int) -> None:
-        if done == 1:
+    def then_another_reader(files: Any, commit: Any, stopped: threading.Event) -> None:
+        check(files, commit, stopped)
+        done.append(files.shard)
+        if done == [0, 1]:
             damage(label_set, 2)
             other = LocalLabelSet(label_set)
             other.verify_all()
             other.close()
 
-    reports = reader.verify_all(other_reader)
+    monkeypatch.setattr(shards, "check_hashes", then_another_reader)
+    reports = reader.verify_all(threads=1)
     assert [report.shard for report in reports] == [0, 1, 2]
     assert [report.ok for report in reports] == [True, True, False]
     reader.close()
@@ -234,18 +246,206 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_the_disk_and_not_of_the_shard(
 
     def failing(handle: int, count: int, offset: int) -> bytes:
         if count > 4096:
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(errno.EMFILE, "Too many open files")
         return read(handle, count, offset)
 
     monkeypatch.setattr(os, "pread", failing)
     reader = LocalLabelSet(label_set)
-    with pytest.raises(StorageFault, match="Input/output error"):
+    with pytest.raises(StorageFault, match="Too many open files"):
         reader.fetch([SECOND])
     problems = [report.problem or "" for report in reader.verify_all()]
-    assert [problem.endswith("cannot be read: Input/output error") for problem in problems] == [True] * 3
+    assert [problem.endswith("cannot be read: Too many open files") for problem in problems] == [True] * 3
     monkeypatch.undo()
     assert len(reader.fetch([SECOND])) == 1
     reader.close()
+
+
+class TestWhatADiskHasLost:
+    """The disk gives an error for one file, as of a sector that cannot be read, now or for good."""
+
+    @pytest.fixture
+    def lost(self, label_set: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The logits of shard 1."""
+        chunk, read = label_set / "logits" / "c.1.0", os.pread
+        inode = chunk.stat().st_ino
+
+        def failing(handle: int, count: int, offset: int) -> bytes:
+            if os.fstat(handle).st_ino == inode:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(handle, count, offset)
+
+        monkeypatch.setattr(os, "pread", failing)
+        return chunk
+
+    def test_its_shard_is_withdrawn_and_comes_back_if_the_disk_gives_it_back(
+        self, label_set: Path, lost: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reader = LocalLabelSet(label_set)
+        with pytest.raises(RowsMissing, match="damaged: 1"):
+            reader.fetch([SECOND])
+        assert "Input/output error" in reader.damaged()[1]
+        assert [report.ok for report in reader.verify_all()] == [True, False, True]
+        assert lost.exists()
+        monkeypatch.undo()
+        assert all(report.ok for report in reader.verify_all())
+        assert len(reader.fetch([SECOND])) == 1
+        reader.close()
+
+    def test_what_was_served_is_not_any_more_nor_believed_by_the_next(
+        self, label_set: Path, monkeypatch: pytest.MonkeyPatch, lost: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with monkeypatch.context() as readable:
+            readable.setattr(os, "pread", PREAD)
+            readable.setattr(admission, "RACY_NS", 0)
+            reader = LocalLabelSet(label_set)
+            assert all(report.ok for report in reader.verify_all())
+        assert len(reader.fetch([SECOND])) == 1
+        assert [report.ok for report in reader.verify_all()] == [True, False, True]
+        assert "cannot be read" in caplog.text
+        with pytest.raises(RowsMissing, match="damaged: 1"):
+            reader.fetch([SECOND])
+        reader.close()
+        # Its stamp is forgotten, so the next one looks.
+        following = LocalLabelSet(label_set)
+        with pytest.raises(RowsMissing, match="damaged: 1"):
+            following.fetch([SECOND])
+        following.close()
+
+    def test_a_run_labels_it_anew(self, label_set: Path, lost: Path, source: Reference) -> None:
+        with writer_of(label_set, source) as writer:
+            assert writer.missing == [1]
+            assert "Input/output error" in writer.quarantined[1]
+            commit_shards(writer, source, [1])
+            writer.seal()
+        reader = LocalLabelSet(label_set)
+        assert_rows_equal(reader.fetch([SECOND]), source, np.array([SECOND]))
+        reader.close()
+
+
+def test_what_could_not_be_looked_at_is_looked_at_again(label_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_ago = time.time() - 100
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    (label_set / "commits" / "1.json").rename(label_set / "aside.json")
+    for folder in ("commits", "generations"):
+        os.utime(label_set / folder, (long_ago, long_ago))
+    with monkeypatch.context() as failing:
+        failing.setattr(shards, "look", raising(StorageFault("Too many open files")))
+        with pytest.raises(StorageFault):
+            reader._shards.refresh()
+    reader._shards.refresh()
+    with pytest.raises(RowsMissing):
+        reader.fetch([SECOND])
+    reader.close()
+
+
+def test_a_manifest_that_cannot_be_read_for_a_moment_is_not_another_label_set(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = LocalLabelSet(label_set)
+    os.utime(label_set / "zarr.json")
+    with monkeypatch.context() as failing:
+        failing.setattr(looking, "read_layout", raising(StorageFault("Too many open files")))
+        with pytest.raises(StorageFault, match="Too many"):
+            reader._shards.refresh()
+    reader._shards.refresh()
+    assert not reader.is_replaced
+    assert len(reader.fetch([SECOND])) == 1
+    reader.close()
+
+
+def raising(error: Exception) -> Any:
+    def raises(*_: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_a_scrub_that_failed_is_tried_again(
+    label_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = LocalLabelSet(label_set)
+    verify, tried = reader._shards.verify_all, threading.Semaphore(0)
+
+    def failing_first(**options: Any) -> Any:
+        if not caplog.records:
+            raise StorageFault("Too many open files")
+        reports = verify(**options)
+        tried.release()
+        return reports
+
+    monkeypatch.setattr(reader._shards, "verify_all", failing_first)
+    scrubber = threading.Thread(target=reader._shards._scrub, args=(0.01,))
+    scrubber.start()
+    assert tried.acquire(timeout=30)
+    assert "was not scrubbed: Too many open files" in caplog.text
+    reader.close()
+    scrubber.join()
+
+
+def test_a_withdrawn_file_is_neither_read_nor_held(label_set: Path) -> None:
+    reader = LocalLabelSet(label_set)
+    reader.verify_all()
+    assert len(reader.fetch([SECOND])) == 1
+    os.truncate(label_set / "logits" / "c.1.0", 0)
+    assert [report.ok for report in reader.verify_all()] == [True, False, True]
+    # Read through its mapping it would end the process.
+    soft = reader.fetch([SECOND, 0], on_missing="mask")
+    assert soft.present is not None
+    assert soft.present.tolist() == [False, True]
+    mapped = Path("/proc/self/maps").read_text()
+    assert f"{label_set}/logits/c.0.0" in mapped
+    assert not [line for line in mapped.splitlines() if "quarantine" in line and str(label_set) in line]
+    reader.close()
+
+
+def test_a_writer_whose_folder_was_replaced_writes_nothing_into_the_other(tmp_path: Path) -> None:
+    ours, others = reference(3, seed=1, **TINY), reference(3, seed=1, **TINY)
+    others = replace(others, logits=others.logits + 1)
+    path = tmp_path / "store" / "set"
+    old = writer_of(path, ours)
+    commit_shards(old, ours, [0])
+    shutil.rmtree(path)
+    with writer_of(path, others) as new:
+        commit_shards(new, others, [0])
+        for shard in (1, 2):
+            with pytest.raises(StorageFault, match="removed or replaced"):
+                commit_shards(old, ours, [shard])
+        commit_shards(new, others, [1, 2])
+        new.seal()
+    old.close()
+    reader = LocalLabelSet(path)
+    assert np.allclose(reader.fetch(np.arange(SECOND * 2)).logit_max, others.logits[: SECOND * 2].max(1))
+    assert sorted(file.name for file in (path / "staging").iterdir()) == []
+    reader.close()
+
+
+def test_a_writer_whose_folder_was_replaced_seals_and_grows_nothing(tmp_path: Path) -> None:
+    source = reference(2, **TINY)
+    path = tmp_path / "store" / "set"
+    with writer_of(path, source) as old:
+        commit_shards(old, source, [0, 1])
+        shutil.rmtree(path)
+        with writer_of(path, source), pytest.raises(StorageFault, match="removed or replaced"):
+            old.seal()
+        assert list((path / "generations").iterdir()) == []
+
+
+def test_a_lock_that_was_removed_while_it_was_taken_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, take = tmp_path / "lock", fcntl.flock
+
+    def removed(handle: int, how: int) -> None:
+        path.unlink()
+        take(handle, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("logitcache.storage.lock.fcntl.flock", removed)
+        with pytest.raises(LabelSetLocked, match="was removed while"):
+            WriterLock(path)
+    with WriterLock(path):
+        assert path.exists()
 
 
 def test_closing_waits_for_the_shard_that_is_being_hashed(label_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from logitcache.labels.errors import (
     StoreNotFound,
     TeacherFault,
     TooManyRows,
+    Unavailable,
     UnknownView,
 )
 from logitcache.labels.identity import canonical_json, sha256_hex
@@ -56,8 +57,8 @@ from logitcache.storage.store import label_set_names
 
 TINY: dict[str, Any] = {"k": 1, "classes": 3, "temperatures": (1.0,)}
 
-OPENING = 4
-"""Operations with which a recording is taken up: the names that a killed process may have left are synced."""
+OPENING = 5
+"""Operations with which a recording is taken up: what a killed process may have left is synced, or cut off."""
 
 Reader = LocalLabelSet | RecordedLabelSet
 
@@ -480,6 +481,28 @@ class TestOrder:
             digest = recording.seal().digest
         assert digest == digest_of(run.written(path.with_name("direct")))
 
+    def test_one_place_many_times_in_a_batch_takes_time_in_proportion(self, path: Path) -> None:
+        run = small_run(3, **TINY)
+        rng = np.random.default_rng(3)
+        places, steps = rng.integers(0, 3, 30_000), rng.integers(STEPS.start, STEPS.start + 4, 30_000)
+        others = rng.integers(0, 50, 30_000)
+        batch = run.batch(places)
+        batch = dataclasses.replace(
+            batch,
+            steps=steps,
+            soft=dataclasses.replace(batch.soft, logit_max=batch.soft.logit_max + others.astype(np.float32)),
+        )
+        with run.begun(path) as recording:
+            recording.append(batch, RANK_0)  # of 30,000 squared comparisons it would not come back
+        reader = RecordedLabelSet(path)
+        found = reader.fetch([0, 1, 2])
+        for place in range(3):
+            last = (places == place) & (steps == STEPS.start + 3)
+            # Of one step, the row with the largest bytes: little-endian, the lowest byte counts first.
+            expected = max(value.tobytes() for value in batch.soft.logit_max[last])
+            assert found.logit_max[place].tobytes() == expected
+        reader.close()
+
     def test_causal_examples_may_have_another_number_of_rows_at_a_later_step(self, path: Path) -> None:
         run = small_run(alignment="causal")
         other = small_run(alignment="causal", seed=3)
@@ -686,6 +709,68 @@ class TestFaults:
             recording.append(run.batch([5]), RANK_0)
             assert_holds(reader, run, [0, 3, 5])
         reader.close()
+
+    def test_what_a_reader_may_have_mapped_is_not_cut_off(self, path: Path) -> None:
+        run = small_run()
+        run.begun(path).close()
+        reader = RecordedLabelSet(path)
+        files = Unsynced(reader)
+        with Recording(path, files=files) as recording:
+            files.fails = True
+            with pytest.raises(StorageFault, match="not synced"):
+                recording.append(run.batch([0, 1]), RANK_0)
+            reader._recorded.log.rows(np.arange(1, 3))
+            left = len(log_of(path))
+            files.fails = False
+            recording.append(run.batch([1]), RANK_0)
+            assert len(log_of(path)) == left
+            assert_holds(reader, run, [1])
+        with Recording(path) as recording:
+            assert len(log_of(path)) < left
+            recording.append(run.batch([2]), RANK_0)
+            assert_holds(reader, run, [1, 2])
+        reader.close()
+
+    def test_a_reader_that_is_closed_under_a_fetch_gives_no_rows(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = small_run()
+        run.record(path)
+        reader = RecordedLabelSet(path)
+        located = reader._recorded.located
+
+        def closing(*arguments: Any) -> Any:
+            found = located(*arguments)
+            reader.close()
+            return found
+
+        monkeypatch.setattr(reader._recorded, "located", closing)
+        with pytest.raises(Unavailable, match="ask again"):
+            reader.fetch([0])
+
+    def test_rows_of_another_place_are_not_given_out(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = small_run()
+        run.record(path)
+        reader = RecordedLabelSet(path)
+        located = reader._recorded.located
+        monkeypatch.setattr(reader._recorded, "located", lambda ordinals, views=0: located(ordinals ^ 1, views))
+        with pytest.raises(Unavailable, match="changed while"):
+            reader.fetch([0, 1])
+        reader.close()
+
+    def test_what_it_was_begun_with_is_lost_and_the_rows_are_not(self, path: Path) -> None:
+        run = small_run()
+        run.record(path)
+        rows, terms = log_of(path), Places(path).recording.read_bytes()
+        Places(path).recording.unlink()
+        with pytest.raises(StorageFault, match=r"recording\.json is missing"):
+            Recording(path, run.terms, run.ids)
+        with pytest.raises(StorageFault, match=r"recording\.json is missing"):
+            run.written(path)
+        assert log_of(path) == rows
+        Places(path).recording.write_bytes(terms)
+        with Recording(path, run.terms, run.ids) as recording:
+            assert recording.stand().recorded == 6
 
     def test_a_batch_larger_than_a_frame_is_refused(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run = small_run()

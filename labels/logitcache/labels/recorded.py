@@ -15,7 +15,7 @@ from logitcache.labels.errors import InvalidIds, InvalidRequest, MalformedMessag
 from logitcache.labels.identity import Identity, TeacherId
 from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import row_spec
-from logitcache.labels.soft_labels import RowSpec, SoftLabels, concatenate
+from logitcache.labels.soft_labels import RowSpec, SoftLabels, are_splits, concatenate
 from logitcache.labels.views import as_views
 
 Mode = Literal["train", "eval"]
@@ -266,7 +266,7 @@ def _check_shapes(soft: SoftLabels, spec: RowSpec, examples: int, name: str) -> 
             raise ShapeMismatch(f"{len(soft):,} rows were given for {examples:,} ids: one an id is needed")
         return
     splits = soft.row_splits
-    if splits[0] != 0 or splits[-1] != len(soft) or not (np.diff(splits) > 0).all():
+    if not are_splits(splits, len(soft)) or (splits[1:] == splits[:-1]).any():
         raise ShapeMismatch(f"row_splits do not split {len(soft):,} rows into those of examples, at least one each")
 
 

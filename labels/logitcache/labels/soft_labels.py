@@ -250,6 +250,11 @@ def concatenate(parts: list[SoftLabels]) -> SoftLabels:
     return SoftLabels(**joined, temperatures=first.temperatures, digest=first.digest)
 
 
+def are_splits(splits: Int64[np.ndarray, " splits"], rows: int) -> bool:
+    """These split so many rows into runs, one after the other. Compared and not subtracted: differences may wrap."""
+    return bool(splits[0] == 0 and splits[-1] == rows and (splits[1:] >= splits[:-1]).all())
+
+
 def splits_of(row_counts: Integer[np.ndarray, " examples"]) -> Int64[np.ndarray, " splits"]:
     """``row_splits`` of examples with so many rows each: 0, and then the running sum."""
     splits = np.zeros(len(row_counts) + 1, np.int64)

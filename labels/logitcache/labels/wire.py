@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from logitcache.labels.errors import MalformedMessage
 from logitcache.labels.ids import Ids
 from logitcache.labels.ranges import Ranges
-from logitcache.labels.soft_labels import RowSpec, Shape, SoftLabels
+from logitcache.labels.soft_labels import RowSpec, Shape, SoftLabels, are_splits
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
@@ -230,7 +230,7 @@ def decode_rows(body: bytes | bytearray | memoryview | np.ndarray) -> SoftLabels
         raise MalformedMessage("the body does not hold soft labels: present holds bytes that are neither 0 nor 1")
     if (splits := arrays.get("row_splits")) is not None:
         rows = len(arrays["indices"])
-        if splits[0] != 0 or splits[-1] != rows or bool((np.diff(splits) < 0).any()):
+        if not are_splits(splits, rows):
             raise MalformedMessage(f"the body does not hold soft labels: its row_splits do not split {rows:,} rows")
     return SoftLabels(**arrays, temperatures=temperatures, digest=plan.metadata.get("digest") or None)
 

@@ -38,9 +38,13 @@ MAX_NOTE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A committed shard's files, open and of the right size; ``handles`` and ``paths`` by the names of its parts."""
+    """A committed shard's files, open and of the right size; ``handles`` and ``paths`` by the names of its parts.
+
+    Their ``stamps`` were taken at ``looked_ns``, before anything was read.
+    """
 
     shard: int
+    looked_ns: int
     handles: dict[str, int]
     paths: dict[str, Path]
     stamps: tuple[Stamp, ...]
@@ -57,6 +61,7 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
     handles: dict[str, int] = {}
     paths: dict[str, Path] = {}
     stamps: list[Stamp] = []
+    looked_ns = time.time_ns()
     try:
         for name, part in commit.parts.items():
             path = paths[name] = places.part(layout, name, commit.shard)
@@ -68,7 +73,7 @@ def opened(places: Places, layout: Layout, commit: Commit) -> Iterator[OpenShard
                     shard=commit.shard,
                 )
             stamps.append((status.st_ino, status.st_size, status.st_ctime_ns))
-        yield OpenShard(commit.shard, handles, paths, tuple(stamps))
+        yield OpenShard(commit.shard, looked_ns, handles, paths, tuple(stamps))
     finally:
         for handle in handles.values():
             os.close(handle)
@@ -80,14 +85,30 @@ def _open(places: Places, path: Path, name: str, shard: int) -> int:
     except FileNotFoundError:
         raise ShardDamaged(f"shard {shard}: {name}/{path.name} is missing", shard=shard) from None
     except ShardDamaged as error:
-        raise ShardDamaged(f"shard {shard}: {error.message}", shard=shard) from None
+        raise _of_shard(shard, error) from None
+
+
+def _blocks(handle: int, size: int, path: Path, shard: int) -> Iterator[bytes]:
+    try:
+        yield from blocks(handle, size, path, ShardDamaged)
+    except ShardDamaged as error:
+        raise _of_shard(shard, error) from None
+
+
+def _of_shard(shard: int, error: ShardDamaged) -> ShardDamaged:
+    return ShardDamaged(f"shard {shard}: {error.message}", **error.details | {"shard": shard})
+
+
+def is_lost(error: ShardDamaged) -> bool:
+    """The disk gives an error for it, which may pass: it is not known to hold other bytes."""
+    return "errno" in error.details
 
 
 def read_part(places: Places, layout: Layout, commit: Commit, name: str) -> bytes:
     """One of a committed shard's files, hashed as a whole; unused slots are cut off.
 
     Raises:
-        ShardDamaged: it is missing, or does not hash to what its commit says.
+        ShardDamaged: it is missing, lost to the disk (`is_lost`), or does not hash to what its commit says.
         StorageFault: it cannot be read.
     """
     path, part = places.part(layout, name, commit.shard), commit.parts[name]
@@ -99,7 +120,7 @@ def read_part(places: Places, layout: Layout, commit: Commit, name: str) -> byte
             raise ShardDamaged(f"shard {commit.shard}: {name}/{path.name} has another size", shard=commit.shard)
         refuse_holes(handle, used, path, ShardDamaged)
         state, kept, rest = hashlib.sha256(), [], used
-        for block in blocks(handle, part.bytes, path):
+        for block in _blocks(handle, part.bytes, path, commit.shard):
             state.update(block)
             kept.append(block[:rest])
             rest -= len(kept[-1])
@@ -137,12 +158,12 @@ def check_hashes(files: OpenShard, commit: Commit, stopped: threading.Event | No
     """Hash every file of a shard, at disk speed.
 
     Raises:
-        ShardDamaged: one does not hash to what its commit says.
+        ShardDamaged: one does not hash to what its commit says, or is lost to the disk (`is_lost`).
         StorageFault: one cannot be read, or ``stopped`` was set meanwhile.
     """
     for name, handle in files.handles.items():
         state = hashlib.sha256()
-        for block in blocks(handle, commit.parts[name].bytes, files.paths[name]):
+        for block in _blocks(handle, commit.parts[name].bytes, files.paths[name], commit.shard):
             if stopped is not None and stopped.is_set():
                 raise StorageFault(f"shard {commit.shard} was not verified: its label set was closed meanwhile")
             state.update(block)
@@ -174,9 +195,13 @@ class Stamps:
     def remember(self, files: OpenShard, commit: Commit) -> None:
         """These files hashed right for this commit; not kept where a later write could leave the same change time."""
         newest = max(stamp[2] for stamp in files.stamps)
-        if time.time_ns() - newest > RACY_NS and not self.match(files, commit):
+        if files.looked_ns - newest > RACY_NS and not self.match(files, commit):
             self._known[str(files.shard)] = _mark(files, commit)
             self._changed = True
+
+    def forget(self, shard: int) -> None:
+        """Hash its files the next time."""
+        self._changed |= self._known.pop(str(shard), None) is not None
 
     def save(self, files: Files) -> None:
         """Write the stamps down if there are new ones and this process may: without them, verifying is done again."""
@@ -205,6 +230,7 @@ def quarantine(places: Places, layout: Layout, shard: int, problem: str, files: 
         files.fsync(each.parent)
     if status(places.commit(shard)) is not None:
         files.rename(places.commit(shard), folder / "commit.json")
+        files.fsync(folder)
         files.fsync(places.commits)
     for name in layout.parts:
         path = places.part(layout, name, shard)

@@ -79,6 +79,12 @@ class Files:
             self._put_all(handle, data, end)
             os.fdatasync(handle)
 
+    def erase(self, handle: int, path: Path, at: int, size: int) -> None:
+        """Put zeros over so many bytes of an open file, durably; those who map it go on reading it."""
+        with explained(path):
+            self._put_all(handle, bytes(size), at)
+            os.fdatasync(handle)
+
     def cut(self, handle: int, path: Path, end: int) -> None:
         """Cut an open file off at ``end``, durably."""
         with explained(path):

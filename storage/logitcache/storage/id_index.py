@@ -134,7 +134,7 @@ class IdIndex:
 
     def following(
         self, places: Places, layout: Layout, commits: dict[int, Commit]
-    ) -> tuple["IdIndex", list[tuple[Commit, str]]]:
+    ) -> tuple["IdIndex", list[tuple[Commit, ShardDamaged]]]:
         """This index brought up to date with these commits; and commits whose ids are damaged, with what is wrong."""
         index, damaged = self, []
         if any(index.commits.get(shard, commit.sha256) != commit.sha256 for shard, commit in commits.items()):
@@ -145,7 +145,7 @@ class IdIndex:
             try:
                 keys.append(stored_rows(places, layout, commits[shard], "ids"))
             except ShardDamaged as error:
-                damaged.append((commits[shard], error.message))
+                damaged.append((commits[shard], error))
                 continue
             ordinals.append(np.arange(*layout.first_examples[shard : shard + 2]))
             added[shard] = commits[shard].sha256

@@ -389,9 +389,11 @@ class LocalLabelSet:
         """Shards that were committed and are withdrawn, with what was wrong."""
         return self._shards.damaged()
 
-    def verify_all(self, progress: Callable[[int, int], None] | None = None) -> list[ShardReport]:
-        """Hash every committed shard now; ``progress`` gets shards done and shards in all."""
-        return self._shards.verify_all(progress)
+    def verify_all(
+        self, progress: Callable[[int, int], None] | None = None, threads: int | None = None
+    ) -> list[ShardReport]:
+        """Hash every committed shard now, in so many threads; ``progress`` gets bytes done and bytes in all."""
+        return self._shards.verify_all(progress, threads)
 
     def save_tally(self) -> None:
         """Write down what a server counted in ``tally``, unless another label set stands in the folder by now."""

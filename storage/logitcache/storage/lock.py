@@ -12,7 +12,7 @@ from types import TracebackType
 
 from logitcache.labels.errors import LabelSetLocked, StorageFault
 from logitcache.storage.files import explained
-from logitcache.storage.reading import refuse_links
+from logitcache.storage.reading import refuse_links, status
 
 
 class WriterLock:
@@ -22,7 +22,7 @@ class WriterLock:
     removes files, so it is not given where a symbolic link in the label set would lead that elsewhere.
 
     Raises:
-        LabelSetLocked: another process, or another holder in this one, has it.
+        LabelSetLocked: another process, or another holder in this one, has it; or it was removed at this moment.
         StoreNotWritable: the lock file cannot be opened for writing.
         StorageFault: the label set's folder is a symbolic link or holds one, or the lock is no file.
     """
@@ -52,12 +52,24 @@ class WriterLock:
                 "wait for it, or stop it; nothing was changed",
                 label_set=path.parent.name,
             ) from None
+        self._path = path
+        if self.is_removed:
+            raise LabelSetLocked(
+                f"label set {path.parent.name!r} was removed while it was being locked: run the same command again",
+                label_set=path.parent.name,
+            )
         if found.st_nlink > 1:
             return  # Whose other name it is cannot be told: it is not written to.
         # The note is for people; on a full disk the lock holds without it.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+
+    @property
+    def is_removed(self) -> bool:
+        """What stands under its name is another file, or none: whoever holds that one may write there now."""
+        stands, held = status(self._path), os.fstat(self._handle)
+        return stands is None or (stands.st_ino, stands.st_dev) != (held.st_ino, held.st_dev)
 
     def release(self) -> None:
         """Let others write; a second call does nothing."""

@@ -13,6 +13,7 @@ acknowledged. Knows no ids, and not what a frame means.
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,7 +23,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Int64, UInt8
 
-from logitcache.labels.errors import InvalidRequest, ShardDamaged, StorageFault, TooManyRows
+from logitcache.labels.errors import InvalidRequest, ShardDamaged, StorageFault, TooManyRows, Unavailable
 from logitcache.labels.soft_labels import RowSpec
 from logitcache.storage.files import Files, explained
 from logitcache.storage.reading import LARGE_BYTES, open_file
@@ -119,6 +120,7 @@ class Log:
 
     def __init__(self, path: Path, dtype: np.dtype, number: int) -> None:
         self.path, self.dtype, self.number = path, dtype, number
+        self._mapping = threading.Lock()
         try:
             self._handle = open_file(path.parent.parent, path)
         except FileNotFoundError:
@@ -198,8 +200,8 @@ class Log:
                 done += read
         return data.reshape(slots, -1)
 
-    def is_torn(self) -> bool:
-        """Something follows the last whole frame.
+    def refuse_damaged(self) -> None:
+        """Refuse a log in which more than a torn frame follows the last whole one.
 
         Raises:
             ShardDamaged: another frame begins behind it, or it is more than a torn frame can be, so it was changed and
@@ -211,7 +213,6 @@ class Log:
                 f"{self.path} is damaged at byte {self.end * self.dtype.itemsize:,}: rows that were recorded there "
                 "are lost, and others follow; restore it, or record under another name"
             )
-        return rest > 0
 
     def _begins_behind(self) -> bool:
         """A slot behind the first torn one begins as a frame does."""
@@ -229,10 +230,12 @@ class Log:
         """Rows in these slots, which belong to frames that were read: a copy, (rows,) of the slots' dtype."""
         mapping = self._mapped
         if len(mapping) < self.end:
-            # What was read once is not cut off, but see `is_cut`. An older mapping goes with its last use.
-            mapped = mmap.mmap(self._handle, self.end * self.dtype.itemsize, prot=mmap.PROT_READ)
-            # Threads may map at once: each goes on with its own, which is long enough.
-            mapping = self._mapped = np.frombuffer(mapped, np.uint8).reshape(-1, self.dtype.itemsize)
+            with self._mapping:
+                if self._handle < 0:
+                    raise Unavailable(f"{self.path} was closed while rows were read from it: ask again")
+                # What was read once is not cut off. An older mapping goes with its last use.
+                mapped = mmap.mmap(self._handle, self.end * self.dtype.itemsize, prot=mmap.PROT_READ)
+                mapping = self._mapped = np.frombuffer(mapped, np.uint8).reshape(-1, self.dtype.itemsize)
         rows: np.ndarray = mapping.take(slots, axis=0).reshape(-1).view(self.dtype)
         return rows
 
@@ -243,13 +246,17 @@ class Log:
 
     def close(self) -> None:
         """Close the file; rows that were read stay valid."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        with self._mapping:
+            if self._handle >= 0:
+                os.close(self._handle)
+                self._handle = -1
 
 
 class LogWriter:
     """Appends frames to a log, which only its one writer changes; see `Log`.
+
+    Attributes:
+        is_broken: what could not be made durable could not be taken back either: nothing more can be appended.
 
     Raises:
         ShardDamaged: the log is damaged, and not torn at its end.
@@ -257,13 +264,16 @@ class LogWriter:
     """
 
     def __init__(self, log: Log, files: Files) -> None:
-        """``log`` was followed to its end; what is torn behind it is cut off."""
+        """``log`` was followed to its end; what is torn behind it is cut off.
+
+        All of it is synced: a process that was killed may have left a whole frame that was not.
+        """
         self._log, self._files = log, files
         self._handle = files.open_to_append(log.path)
-        self._broken = False
+        self.is_broken = False
         try:
-            if log.is_torn():
-                files.cut(self._handle, log.path, log.end * log.dtype.itemsize)
+            log.refuse_damaged()
+            files.cut(self._handle, log.path, log.end * log.dtype.itemsize)
         except BaseException:
             os.close(self._handle)
             raise
@@ -276,7 +286,7 @@ class LogWriter:
             DiskFull, StoreNotWritable, StorageFault: as they say; nothing of the frame is there then.
         """
         log, size = self._log, self._log.dtype.itemsize
-        if self._broken:
+        if self.is_broken:
             raise StorageFault(f"{log.path} could not be written before: begin to record again")
         if log.is_removed:
             raise StorageFault(f"{log.path} was removed while rows were recorded: begin to record again")
@@ -292,11 +302,18 @@ class LogWriter:
         try:
             self._files.append(self._handle, log.path, log.end * size, frame.data)
         except BaseException:
-            # What the disk holds now is unknown until it is cut off.
-            self._broken = True
-            self._files.cut(self._handle, log.path, log.end * size)
-            self._broken = False
+            # What the disk holds now is unknown until it is taken back.
+            self.is_broken = True
+            self._take_back(log.end * size, len(frame) * size)
+            self.is_broken = False
             raise
+
+    def _take_back(self, at: int, size: int) -> None:
+        """A frame that may not be durable is none; a whole one, which readers may have mapped, is not cut off."""
+        if os.fstat(self._handle).st_size < at + size:
+            self._files.cut(self._handle, self._log.path, at)
+        else:
+            self._files.erase(self._handle, self._log.path, at, HEADER.itemsize)
 
     def close(self) -> None:
         """Close the file."""

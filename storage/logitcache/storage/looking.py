@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitcache.labels.errors import LogitcacheError, ShardDamaged
+from logitcache.labels.errors import LabelSetNotFound, NewerFormat, NotALabelSet, ShardDamaged
 from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
@@ -73,10 +73,13 @@ def grown_layout(places: Places, state: State, keys: dict[int, FileKey]) -> Layo
 
     It is when its layout extends ours, and what we served of it still stands: the newest generation that we know, or
     while there is none, each commit. None means that another label set was put in its place.
+
+    Raises:
+        StorageFault: it cannot be looked at.
     """
     try:
         layout = read_layout(places.root)
-    except LogitcacheError:
+    except (LabelSetNotFound, NotALabelSet, NewerFormat):
         return None
     if not layout.extends(state.layout):
         return None

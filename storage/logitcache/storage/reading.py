@@ -21,6 +21,9 @@ _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 _BLOCK_BYTES = 1 << 20
 
+_LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""What a disk or a file system says of bytes that it cannot give back."""
+
 LARGE_BYTES = 64 << 20
 """Above this, what is kept in memory must be on the disk, too: a file of holes claims a size that costs nobody."""
 
@@ -31,7 +34,7 @@ def open_file(root: Path, path: Path, refused: type[StorageFault] = StorageFault
     Raises:
         FileNotFoundError: it, or a folder on the way, is not there.
         StorageFault: it cannot be opened; as ``refused``, which may be a subclass: it is a symbolic link, no regular
-            file, or behind what is no folder.
+            file, or behind what is no folder; or the disk has lost it (``details["errno"]`` is there then).
     """
     *folders, name = path.relative_to(root).parts
     with _opened(root, folders, refused) as folder:
@@ -49,7 +52,7 @@ def read_file(root: Path, path: Path, most: int, refused: type[StorageFault] = S
         size = os.fstat(handle).st_size
         if size > most:
             raise refused(f"{path} has {size:,} bytes: it is too long to be a label set's", path=str(path))
-        return b"".join(blocks(handle, size, path))
+        return b"".join(blocks(handle, size, path, refused))
     finally:
         os.close(handle)
 
@@ -100,12 +103,12 @@ def refuse_links(root: Path) -> None:
         raise _is_link(root / link, StorageFault)
 
 
-def blocks(handle: int, size: int, path: Path) -> Iterator[bytes]:
+def blocks(handle: int, size: int, path: Path, refused: type[StorageFault] = StorageFault) -> Iterator[bytes]:
     """The first ``size`` bytes of an open file, or what there is of them; it may be truncated or appended to meanwhile,
     which is an end and not SIGBUS as in a mapping.
 
     Raises:
-        StorageFault: it cannot be read.
+        StorageFault: it cannot be read; as ``refused``: the disk has lost some of them.
     """
     offset = 0
     try:
@@ -113,7 +116,7 @@ def blocks(handle: int, size: int, path: Path) -> Iterator[bytes]:
             yield block
             offset += len(block)
     except OSError as error:
-        raise _fault(path, error) from error
+        raise _fault(path, error, refused) from error
 
 
 def refuse_holes(handle: int, used: int, path: Path, refused: type[StorageFault]) -> None:
@@ -182,7 +185,7 @@ def _open(name: str | Path, flags: int, folder: int | None, path: Path, refused:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
             raise _irregular(name, folder, path, refused) from None
-        raise _fault(path, error) from error
+        raise _fault(path, error, refused) from error
 
 
 def _irregular(name: str | Path, folder: int | None, path: Path, refused: type[StorageFault]) -> StorageFault:
@@ -203,6 +206,7 @@ def _is_link(path: Path, refused: type[StorageFault]) -> StorageFault:
     )
 
 
-def _fault(path: Path, error: OSError) -> StorageFault:
+def _fault(path: Path, error: OSError, refused: type[StorageFault] = StorageFault) -> StorageFault:
     # Out of handles or memory is this process's trouble: nothing must be condemned for it.
-    return StorageFault(f"{path} cannot be read: {error.strerror or error}", path=str(path), errno=error.errno)
+    kind = refused if error.errno in _LOST else StorageFault
+    return kind(f"{path} cannot be read: {error.strerror or error}", path=str(path), errno=error.errno)

@@ -23,17 +23,19 @@ from logitcache.labels.errors import (
     NewerFormat,
     NotALabelSet,
     ShardDamaged,
+    StorageFault,
+    Unavailable,
 )
 from logitcache.labels.identity import FORMAT_VERSION, canonical_json, sha256_hex
 from logitcache.labels.ids import Ids, as_ids, check_kind
 from logitcache.labels.label_set import row_spec
 from logitcache.labels.recorded import RecordingTerms
 from logitcache.storage.id_index import IdIndex
-from logitcache.storage.log import Frame, Kind, Log, check_width, slot_dtype
+from logitcache.storage.log import MAGIC, Frame, Kind, Log, check_width, slot_dtype
 from logitcache.storage.manifest import MAX_METADATA_BYTES
 from logitcache.storage.mapping import zeros
 from logitcache.storage.places import Places
-from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, refuse_links
+from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, refuse_links, status
 from logitcache.storage.records import MAX_TEXT_JSON_BYTES
 
 _SCANNED = 1 << 20
@@ -45,6 +47,29 @@ def terms_content(terms: RecordingTerms, ids: bytes | None) -> bytes:
     told = None if ids is None else {"bytes": len(ids), "sha256": sha256_hex(ids)}
     log = secrets.token_hex(8)
     return canonical_json({"format_version": FORMAT_VERSION, "terms": terms.to_json(), "ids": told, "log": log})
+
+
+def refuse_lost_recording(places: Places) -> None:
+    """Refuse to begin anew in a folder that holds recorded rows, but not what they were begun with.
+
+    Raises:
+        StorageFault: a log of rows is there, without the file that a recording begins with, and nothing was sealed.
+    """
+    if not all(status(file) is None for file in (places.recording, places.group)):
+        return
+    try:
+        handle = open_file(places.root, places.recording_log)
+    except FileNotFoundError:
+        return
+    begins = b"".join(blocks(handle, len(MAGIC), places.recording_log))
+    os.close(handle)
+    if begins != MAGIC:
+        return  # as a recording that was never begun may leave it
+    raise StorageFault(
+        f"{places.recording} is missing, and rows that were recorded stand beside it: restore it; or remove "
+        f"{places.root}, and the rows with it",
+        path=str(places.recording),
+    )
 
 
 def ids_content(ids: Ids | None) -> bytes | None:
@@ -165,8 +190,14 @@ class Recorded:
             if self.log.is_cut:
                 self.log.rewind()
                 self._clear()
-            for frame, rows in self.log.follow():
-                self._take(frame, rows)
+            try:
+                for frame, rows in self.log.follow():
+                    self._take(frame, rows)
+            except BaseException:
+                # Half of a frame may be taken in: all of it is read again.
+                self.log.rewind()
+                self._clear()
+                raise
 
     def _take(self, frame: Frame, rows: np.ndarray) -> None:
         if frame.kind in (Kind.SEALING, Kind.SEALING_PART):
@@ -189,10 +220,16 @@ class Recorded:
                 f"{self.log.path} holds rows of examples that {self.log.path.parent} has not: it is another "
                 "recording's; restore it"
             )
-        for which in _rounds(places):
-            self._settle_round(places[which], steps[which], frame.first + begins[which], counts[which])
+        which, slots = _latest(places, steps), frame.first + begins
+        while len(later := _repeated(places[which])):
+            # Of those that are left of a place, every second one is held against the one before it.
+            mine, theirs = which[later], which[later - 1]
+            larger = self._are_larger(slots[mine], counts[mine], slots[theirs], counts[theirs])
+            which[later - 1] = np.where(larger, mine, theirs)
+            which = np.delete(which, later)
+        self._settle_one_each(places[which], steps[which], slots[which], counts[which])
 
-    def _settle_round(self, places: np.ndarray, steps: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
+    def _settle_one_each(self, places: np.ndarray, steps: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
         """As `_settle`, of places that are all different."""
         held = self._first[places]
         wins = held == 0
@@ -203,7 +240,8 @@ class Recorded:
             wins[again] = steps[again] > held_steps
             same = again[steps[again] == held_steps]
             if len(same):
-                wins[same] = self._are_larger(slots[same], counts[same], held[same], places[same])
+                known = np.ones(len(same), np.int64) if self._counts is None else self._counts[places[same]]
+                wins[same] = self._are_larger(slots[same], counts[same], held[same], known)
         self._first[places[wins]] = slots[wins]
         if self._counts is not None:
             self._rows += int((counts[wins] - self._counts[places[wins]]).sum())
@@ -221,17 +259,17 @@ class Recorded:
         self._complete += int((self._held_views[examples] == self._views).sum())
 
     def _are_larger(
-        self, slots: np.ndarray, counts: np.ndarray, held: np.ndarray, places: np.ndarray
+        self, slots: np.ndarray, counts: np.ndarray, others: np.ndarray, other_counts: np.ndarray
     ) -> Bool[np.ndarray, " rows"]:
-        """Whose bytes are larger than those of the rows that are held."""
+        """Whether the rows in these slots have larger bytes than those in the other ones."""
         if self._counts is None:
-            mine, theirs = (self.log.rows(which).view(np.uint8).reshape(len(which), -1) for which in (slots, held))
+            mine, theirs = (self.log.rows(which).view(np.uint8).reshape(len(which), -1) for which in (slots, others))
             return _larger(mine, theirs)
         larger = [
             self.log.rows(np.arange(slot, slot + count)).tobytes()
             > self.log.rows(np.arange(other, other + known)).tobytes()
             for slot, count, other, known in zip(
-                slots.tolist(), counts.tolist(), held.tolist(), self._counts[places].tolist(), strict=True
+                slots.tolist(), counts.tolist(), others.tolist(), other_counts.tolist(), strict=True
             )
         ]
         return np.array(larger, bool)
@@ -256,6 +294,17 @@ class Recorded:
             counts[first == 0] = 0
             first[first == 0] = -1
             return first, counts
+
+    def rows(self, slots: Int64[np.ndarray, " rows"], places: Int64[np.ndarray, " rows"]) -> np.ndarray:
+        """Rows in these slots, which `located` told to be those of these places, (rows,) of the slots' dtype.
+
+        Raises:
+            Unavailable: they are not, or not any more: the log was taken back or closed meanwhile.
+        """
+        rows = self.log.rows(slots)
+        if not np.array_equal(rows["place"], places):
+            raise Unavailable(f"{self.log.path} was changed while rows were read from it: ask again")
+        return rows
 
     def places(self, ordinals: Int64[np.ndarray, " ids"], views: Any) -> Int64[np.ndarray, " ids"]:
         """Places of these views of examples; a place is what has one row, or of a causal label set one row a token."""
@@ -307,15 +356,21 @@ class Recorded:
         self.log.close()
 
 
-def _rounds(places: Int64[np.ndarray, " rows"]) -> list[np.ndarray]:
-    """Positions in groups, none of which has a place twice; nearly always one group."""
-    order = np.argsort(places, kind="stable")
-    ordered = places[order]
-    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    if len(begins) == len(places):
-        return [np.arange(len(places))]
+def _latest(places: Int64[np.ndarray, " rows"], steps: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " some"]:
+    """Positions of those that are of the latest step of their place, in the order of places."""
+    order = np.lexsort((steps, places))
+    ordered, of_steps = places[order], steps[order]
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    latest = np.repeat(of_steps[last], np.diff(last, prepend=-1))
+    found: np.ndarray = order[of_steps == latest]
+    return found
+
+
+def _repeated(places: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " some"]:
+    """Of each run of one place, positions of the second, the fourth and so on."""
+    begins = np.flatnonzero(np.append(True, places[1:] != places[:-1]))
     nth = np.arange(len(places)) - np.repeat(begins, np.diff(begins, append=len(places)))
-    return [order[nth == each] for each in range(int(nth.max()) + 1)]
+    return np.flatnonzero(nth % 2)
 
 
 def _larger(

@@ -120,9 +120,11 @@ class RecordedLabelSet:
         """Ids of all its examples in their order; None where they are their ordinals."""
         return self._recorded.ids if (sealed := self._current()) is None else sealed.example_ids()
 
-    def verify_all(self, progress: Callable[[int, int], None] | None = None) -> list[ShardReport]:
+    def verify_all(
+        self, progress: Callable[[int, int], None] | None = None, threads: int | None = None
+    ) -> list[ShardReport]:
         """There is no shard yet: each frame of the log is checked when it is read."""
-        return [] if (sealed := self._current()) is None else sealed.verify_all(progress)
+        return [] if (sealed := self._current()) is None else sealed.verify_all(progress, threads)
 
     def damaged(self) -> dict[int, str]:
         """Shards that are damaged: it has none before it is sealed."""
@@ -192,23 +194,30 @@ class RecordedLabelSet:
             starts, counts = first + begins, ends - begins
         for limits in asked.limits:
             limits.check(spec, len(first), int(counts.sum()) if spec.ragged else len(first))
-        return self._arrays(first, starts, counts, served, asked.masked)
+        places = recorded.places(np.where(known, ordinals, 0), asked.view)
+        return self._arrays(places, first, starts, counts, served, asked.masked)
 
     def _arrays(
-        self, first: np.ndarray, starts: np.ndarray, counts: np.ndarray, served: np.ndarray, masked: bool
+        self,
+        places: np.ndarray,
+        first: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        served: np.ndarray,
+        masked: bool,
     ) -> dict[str, np.ndarray]:
-        """Fields of an answer: of each example its rows from a slot on; the fingerprint stands in its first slot."""
-        log, spec = self._recorded.log, self.row_spec
-        rows = np.zeros(int(counts.sum()) if spec.ragged else len(first), log.dtype)
+        """Fields of an answer: of each place its rows from a slot on; the fingerprint stands in its first slot."""
+        recorded, spec = self._recorded, self.row_spec
+        rows = np.zeros(int(counts.sum()) if spec.ragged else len(first), recorded.log.dtype)
         if spec.ragged:
             splits = splits_of(counts)
-            rows[:] = log.rows(runs(starts, splits))
+            rows[:] = recorded.rows(runs(starts, splits), np.repeat(places, counts))
         else:
-            rows[served] = log.rows(starts[served])
+            rows[served] = recorded.rows(starts[served], places[served])
         arrays = {name: np.ascontiguousarray(rows[name]) for name in spec.arrays}
         arrays |= {name: np.ascontiguousarray(rows["scalars"][:, column]) for name, column in spec.scalars.items()}
         arrays["fingerprint"] = np.zeros(len(first), np.uint64)
-        arrays["fingerprint"][served] = log.rows(first[served])["fingerprint"]
+        arrays["fingerprint"][served] = recorded.rows(first[served], places[served])["fingerprint"]
         if spec.ragged:
             arrays["row_splits"] = splits
         if masked:

@@ -42,7 +42,8 @@ from logitcache.storage.lock import WriterLock
 from logitcache.storage.log import Kind, LogWriter, check_width, slot_dtype
 from logitcache.storage.packing import default_rows_per_shard
 from logitcache.storage.places import Places
-from logitcache.storage.recorded import Recorded, ids_content, terms_content
+from logitcache.storage.reading import status
+from logitcache.storage.recorded import Recorded, ids_content, refuse_lost_recording, terms_content
 from logitcache.storage.records import Generation
 from logitcache.storage.statistics import retained_mass
 from logitcache.storage.writer import LabelSetWriter
@@ -84,7 +85,8 @@ class Recording:
         self._lock, self._appending = WriterLock(self._places.lock), threading.Lock()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
-            if terms is not None and not self._places.recording.exists():
+            if terms is not None and status(self._places.recording) is None:
+                refuse_lost_recording(self._places)
                 self._begin(terms, ids)
             self._files.sync_names(self.path, self._places.recording.parent)
             self._recorded = Recorded(path)
@@ -132,6 +134,11 @@ class Recording:
         # Their names before the one that promises them.
         files.fsync(folder)
         files.create(folder / "recording.json.staged", places.recording, terms_content(terms, content))
+
+    @property
+    def is_broken(self) -> bool:
+        """Rows that could not be made durable could not be taken back either: close it, and begin anew."""
+        return self._log.is_broken
 
     @property
     def is_removed(self) -> bool:
@@ -303,10 +310,11 @@ class Recording:
         return slots
 
     def close(self) -> None:
-        """Let another process record; a second call does nothing."""
-        self._log.close()
-        self._recorded.close()
-        self._lock.release()
+        """Let another process record, when what is being appended is; a second call does nothing."""
+        with self._appending:
+            self._log.close()
+            self._recorded.close()
+            self._lock.release()
 
     def __enter__(self) -> "Recording":
         return self
@@ -375,11 +383,13 @@ def _shard(
     counts: np.ndarray | None = None
     if spec.ragged:
         first, counts = recorded.located(of_shard)
-        rows = recorded.log.rows(runs(first, splits_of(counts)))
-        prints = recorded.log.rows(first)["fingerprint"][:, None]
+        places = recorded.places(of_shard, 0)
+        rows = recorded.rows(runs(first, splits_of(counts)), np.repeat(places, counts))
+        prints = recorded.rows(first, places)["fingerprint"][:, None]
     else:
-        first, _ = recorded.located(np.repeat(of_shard, views), np.tile(np.arange(views), len(of_shard)))
-        rows = recorded.log.rows(first)
+        examples, of_views = np.repeat(of_shard, views), np.tile(np.arange(views), len(of_shard))
+        first, _ = recorded.located(examples, of_views)
+        rows = recorded.rows(first, recorded.places(examples, of_views))
         prints = rows["fingerprint"].reshape(-1, views)
     arrays = {name: np.ascontiguousarray(rows[name]) for name in ("scalars", *spec.arrays)}
     arrays["ids"] = np.arange(span.start, span.stop) if layout.identity.ids == "ordinal" else ids.keys

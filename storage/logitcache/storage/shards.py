@@ -6,19 +6,22 @@ one, so a reader compares two references to learn whether anything was withdrawn
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
-from logitcache.labels.errors import LabelSetLocked, ShardDamaged, StorageFault
+from logitcache.labels.errors import LabelSetLocked, LogitcacheError, ShardDamaged, StorageFault
 from logitcache.labels.ids import Ids
-from logitcache.storage.admission import OpenShard, Stamps, check_hashes, opened, quarantine
+from logitcache.storage.admission import OpenShard, Stamps, check_hashes, is_lost, opened, quarantine
 from logitcache.storage.files import Files
 from logitcache.storage.id_index import IdIndex
 from logitcache.storage.layout import Layout
@@ -45,6 +48,9 @@ SETTLED_S = REFRESH_S - 0.005
 
 SCRUB_PAUSE_S = 0.05
 """Seconds between two shards of a scrub, so that it leaves the disk to those who wait for rows."""
+
+MOST_HASHING = 8
+"""Threads that hash at once: enough for what the fastest disk gives, and a slow one is not sent here and there."""
 
 SAMPLED = 3
 """Rows that are looked at to tell whether a label set is in memory: enough if most of it is not."""
@@ -163,7 +169,6 @@ class Shards:
             signature = look_at(self._places)
             if signature == self._signature and signature.settled:
                 return
-            self._signature = signature
             layout = self.state.layout
             if signature.group != self._group:
                 grown = grown_layout(self._places, self.state, self._keys)
@@ -172,9 +177,11 @@ class Shards:
                     nothing = np.zeros_like(self.state.version)
                     self.state = replace(self.state, commits={}, version=nothing, replaced=True).settled()
                     return
-                layout, self._group = grown, signature.group
+                layout = grown
             found = look(self._places, layout, self.state, self._keys, self._condemned)
             self._set_state(layout, found)
+            # Not before: what could not be looked at is looked at again.
+            self._signature, self._group = signature, signature.group
             for shard, problem in found.unreadable.items():
                 self._problems[shard], self._condemned[shard] = problem, found.keys[shard]
             self._start_verifier()
@@ -183,16 +190,27 @@ class Shards:
 
     def _set_state(self, layout: Layout, found: Found) -> None:
         version = self.state.version.copy()
-        for shard in np.flatnonzero(version).tolist():
-            # The same commit in another file was withdrawn and made again: its chunk files are others, too.
-            if shard not in found.commits or self._keys.get(shard) != found.keys[shard]:
-                version[shard] = 0
-                self._verified[shard] = False
+        # The same commit in another file was withdrawn and made again: its chunk files are others, too.
+        gone = [
+            shard
+            for shard in np.flatnonzero(version).tolist()
+            if shard not in found.commits or self._keys.get(shard) != found.keys[shard]
+        ]
+        version[gone] = 0
+        self._verified[gone] = False
         for shard in found.commits.keys() & self._problems.keys():
             del self._problems[shard]
             self._condemned.pop(shard, None)
         self._keys = found.keys
         self.state = State(layout, found.generations, found.commits, version).settled()
+        self._unmap(gone)
+
+    def _unmap(self, shards: list[int]) -> None:
+        """Let go of files that are not served any more; after the state, which tells readers to gather again."""
+        for shard in shards:
+            if self._mapped.pop(shard, None) is not None:
+                for array in self._arrays.values():
+                    array.clear(shard)
 
     def will_need(self, per: Literal["example", "row"], first: np.ndarray, counts: np.ndarray | int = 1) -> None:
         """Have pages read from the disk: of all arrays with one entry an example, or a row, those that hold ``counts``
@@ -219,8 +237,8 @@ class Shards:
         with self._indexing:
             index, damaged = self._index.following(self._places, state.layout, state.commits)
             self._index, self._indexed_commits = index, state.commits
-        for commit, problem in damaged:
-            self._withdraw(commit.shard, commit, self._keys.get(commit.shard, (0, 0)), problem)
+        for commit, error in damaged:
+            self._withdraw(commit, self._keys.get(commit.shard, (0, 0)), error)
         return index
 
     def admit(self, shards: Iterable[int]) -> None:
@@ -243,7 +261,7 @@ class Shards:
                     check_hashes(files, commit, self._closing)
                 self._admitted(files, commit, sound=stamped or hash_now)
         except ShardDamaged as error:
-            self._withdraw(shard, commit, key, error.message)
+            self._withdraw(commit, key, error)
 
     def _admitted(self, files: OpenShard, commit: Commit, *, sound: bool) -> None:
         shard = files.shard
@@ -261,11 +279,14 @@ class Shards:
                 self.state = self.state.with_shard(shard, self._serial)
             self._verified[shard] = sound
 
-    def _withdraw(self, shard: int, commit: Commit, key: FileKey, problem: str) -> None:
+    def _withdraw(self, commit: Commit, key: FileKey, error: ShardDamaged) -> None:
+        shard, problem = commit.shard, error.message
         with self._lock:
             if self.state.commits.get(shard) is not commit:
                 return
             self.state = self.state.without_shard(shard)
+            self._unmap([shard])
+            self._stamps.forget(shard)
             self._verified[shard] = False
             stands = commit_key(self._places, shard)
             ours = stands == key
@@ -275,7 +296,10 @@ class Shards:
                 self._condemned[shard] = key
             else:
                 self._signature = None
-        if ours:
+        if ours and is_lost(error):
+            place = "its files stay where they are, since the disk may give them back: verify it again, or"
+            log.error("label set %s: %s; withdrawn, %s run precompute again", self._places.root.name, problem, place)
+        elif ours:
             self._quarantine(shard, key, problem)
         else:
             # Another process withdrew or repaired it between our look at the folder and this one.
@@ -306,8 +330,17 @@ class Shards:
         """How many served shards were hashed, now or as their stamps say."""
         return int(self._verified.sum())
 
-    def verify_all(self, progress: Callable[[int, int], None] | None = None) -> list[ShardReport]:
-        """Hash every committed shard now, stamps or not, and withdraw what is damaged; reports by shard."""
+    def verify_all(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        threads: int | None = None,
+        pause_s: float = 0.0,
+    ) -> list[ShardReport]:
+        """Hash every committed shard now, stamps or not, and withdraw what is damaged; reports by shard.
+
+        ``progress`` gets bytes done and bytes in all. So many ``threads`` hash at once, by default one a processor up
+        to `MOST_HASHING`, each with a pause after each shard.
+        """
         for shard in [*self._condemned]:
             # It could not be moved aside and may have been restored; or it is being moved, which is waited for.
             with self._checking[shard], self._lock:
@@ -317,22 +350,37 @@ class Shards:
         with self._lock:
             # The background thread may be moving one aside just now: its turn is waited for, too.
             shards = sorted({*self.state.commits, *self._condemned})
-        unread: dict[int, str] = {}
-        for done, shard in enumerate(shards, 1):
-            if self._closing.is_set():
-                break
-            try:
-                with self._checking[shard]:
-                    self._examine(shard, trust_stamps=False, hash_now=True)
-            except StorageFault as error:
-                unread[shard] = error.message
-            if progress is not None:
-                progress(done, len(shards))
+            sizes = {
+                shard: sum(part.bytes for part in commit.parts.values()) for shard, commit in self.state.commits.items()
+            }
+        total, done, unread = sum(sizes.values()), 0, dict[int, str]()
+        pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, MOST_HASHING), "logitcache-verify")
+        try:
+            for shard, problem in pool.map(partial(self._verified_now, pause_s), shards):
+                done += sizes.get(shard, 0)
+                if problem is not None:
+                    unread[shard] = problem
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)
         self._save_stamps()
         damaged = self.damaged()
         gone = {shard: "withdrawn by another process meanwhile" for shard in shards if shard not in self.state.commits}
         problems = gone | damaged | unread
         return [ShardReport(shard, problems.get(shard)) for shard in sorted({*shards, *problems})]
+
+    def _verified_now(self, pause_s: float, shard: int) -> tuple[int, str | None]:
+        """Hash one shard; what kept it from being hashed."""
+        if self._closing.is_set():
+            return shard, f"shard {shard} was not verified: its label set was closed meanwhile"
+        try:
+            with self._checking[shard]:
+                self._examine(shard, trust_stamps=False, hash_now=True)
+        except StorageFault as error:
+            return shard, error.message
+        self._closing.wait(pause_s)
+        return shard, None
 
     def _unverified(self) -> list[int]:
         return [shard for shard in sorted(self.state.commits) if not self._verified[shard]]
@@ -362,10 +410,14 @@ class Shards:
     def _scrub(self, every_s: float) -> None:
         """Hash everything again every so often, with a pause after each shard: disks rot without changing a time."""
         while not self._closing.wait(every_s):
-            self.verify_all(lambda _done, _total: self._pause())
-
-    def _pause(self) -> None:
-        self._closing.wait(SCRUB_PAUSE_S)
+            try:
+                reports = self.verify_all(threads=1, pause_s=SCRUB_PAUSE_S)
+            except LogitcacheError as error:
+                log.error("label set %s was not scrubbed: %s", self._places.root.name, error)
+                continue
+            for report in reports:
+                if not report.ok and not self._closing.is_set():
+                    log.error("label set %s: the scrub found: %s", self._places.root.name, report.problem)
 
     def _save_stamps(self) -> None:
         with self._lock:

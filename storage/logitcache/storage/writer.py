@@ -32,6 +32,7 @@ from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.lock import WriterLock
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
+from logitcache.storage.recorded import refuse_lost_recording
 from logitcache.storage.records import Commit, Generation, Part, newest_generation, numbered
 from logitcache.storage.terms import refuse_another, refuse_fewer
 
@@ -57,6 +58,9 @@ class LabelSetWriter:
             values.
         DatasetChanged: it was begun over more examples. Over fewer is an append: `seal`, then `grow`.
         DiskFull, StoreNotWritable: as they say; nothing was lost.
+
+    Every method that writes raises StorageFault when the label set's folder was removed or replaced meanwhile: what
+    stands there now is another's.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class LabelSetWriter:
                     f"{path.name!r} is being recorded by a run: use another name, or seal it first with "
                     f"`logitcache seal {path.name}`"
                 )
+            refuse_lost_recording(self._places)
             if self._places.group.exists():
                 self.layout = read_layout(path)
                 refuse_another(path.name, self.layout, layout.identity, layout.rows_per_shard)
@@ -162,9 +167,9 @@ class LabelSetWriter:
         self._ids = IdIndex()
         if self.layout.identity.ids != "ordinal":
             self._ids, damaged = self._ids.following(self._places, self.layout, commits)
-            for commit, problem in damaged:
+            for commit, fault in damaged:
                 # It hashed right before, as its stamp says, and rotted since.
-                self._set_aside(commit.shard, problem)
+                self._set_aside(commit.shard, fault.message)
                 del commits[commit.shard]
         return commits
 
@@ -246,6 +251,7 @@ class LabelSetWriter:
         """
         if shard in self._commits or not 0 <= shard < self.layout.shards:
             raise InvalidRequest(f"shard {shard} is not missing")
+        self._refuse_removed()
         files = contents(self.layout, shard, arrays, texts)
         if self.layout.identity.ids != "ordinal":
             refuse_repeated(self.layout, shard, arrays["ids"], texts, self._ids)
@@ -269,6 +275,7 @@ class LabelSetWriter:
             files.fsync(staged)
             parts[name] = Part(size, sha256_of((data, size)))
         self._refuse_other_examples(shard, parts)
+        self._refuse_removed()
         for name in content:
             files.publish(self._staged(f"{name}.{shard}"), places.part(self.layout, name, shard))
         for name in content:
@@ -277,8 +284,18 @@ class LabelSetWriter:
             self._staged(f"statistics.{shard}"), places.statistics / f"{shard}.json", canonical_json(statistics)
         )
         commit, record = Commit.of(self.layout, shard, parts)
+        self._refuse_removed()
         files.create(self._staged(f"commit.{shard}"), places.commit(shard), record)
         return commit
+
+    def _refuse_removed(self) -> None:
+        """What stands under this path by now may be another label set, begun when this one's folder was removed."""
+        if self._lock.is_removed:
+            raise StorageFault(
+                f"the label set {self.path.name!r} was removed or replaced while it was being written: nothing more is "
+                "written to it; run the same command again",
+                path=str(self.path),
+            )
 
     def _refuse_other_examples(self, shard: int, parts: dict[str, Part]) -> None:
         """A repair may give other rows (and then a new generation), but never labels of other examples."""
@@ -308,6 +325,7 @@ class LabelSetWriter:
     def _clear_after_failure(self) -> None:
         """Give the disk back what was staged; if even that fails, the next writer does it."""
         try:
+            self._refuse_removed()
             self._clear_staging()
             self._remove_uncommitted(set(numbered(self._places.commits)))
         except StorageFault:
@@ -330,6 +348,7 @@ class LabelSetWriter:
             return newest
         number = max(numbered(self._places.generations), default=0) + 1
         generation, data = Generation.of(self.layout.identity, number, self.layout.examples, commits)
+        self._refuse_removed()
         self._files.create(self._staged(f"generation.{number}"), self._places.generations / f"{number}.json", data)
         return generation
 
@@ -352,6 +371,7 @@ class LabelSetWriter:
             raise InvalidRequest("a label set grows when it is complete and sealed: label what is missing first")
         from logitcache.storage.zarr_library import library_metadata
 
+        self._refuse_removed()
         for key, data in library_metadata(layout).items():
             self._files.replace(self._staged(key.replace("/", ".")), self.path / key, data)
         self.layout = layout
