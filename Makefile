@@ -47,6 +47,7 @@ bench: $(INSTALLED) ## Rows a second beside what people use instead, clients at 
 	$(BIN)/python benchmarks/fetch.py --out $(call BENCH_RESULT,fetch).json --plot $(call BENCH_RESULT,fetch).png $(BENCH_ARGS)
 	$(BIN)/python benchmarks/clients.py --out $(call BENCH_RESULT,clients).json
 	$(BIN)/python benchmarks/cold.py --out $(call BENCH_RESULT,cold).json
+	$(BIN)/python benchmarks/verify.py --out $(call BENCH_RESULT,verify).json
 	$(BIN)/python benchmarks/sparse.py --out $(call BENCH_RESULT,sparse).json
 	$(BIN)/python benchmarks/recording.py --out $(call BENCH_RESULT,recording).json
 

@@ -11,7 +11,7 @@ from benchmarks.sequence.report import PAGE
 from tests.e2e.test_benchmarks import BENCHMARKS, figures
 
 
-@pytest.mark.parametrize("script", ["clients.py", "cold.py", "sparse.py", "step.py"])
+@pytest.mark.parametrize("script", ["clients.py", "cold.py", "sparse.py", "step.py", "verify.py"])
 def test_it_runs_and_tells_its_goals(tmp_path: Path, script: str) -> None:
     run, told = figures(tmp_path, script, "--quick")
     assert run["benchmark"] == script.removesuffix(".py")
