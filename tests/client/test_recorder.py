@@ -16,7 +16,6 @@ from tests.client.rows import dense_logits, inputs_of, truncated
 from logitcache.client import Recorder, connect, record
 from logitcache.client import recorder as recorder_module
 from logitcache.client.record import begun
-from logitcache.client.recorder import SENT_AGAIN
 from logitcache.client.recording_sinks import LocalSink
 from logitcache.labels.errors import (
     DeadlineExceeded,
@@ -24,13 +23,19 @@ from logitcache.labels.errors import (
     IdentityChanged,
     InvalidIds,
     InvalidRequest,
+    KeyRefused,
     LabelMismatch,
     LabelSetLocked,
+    LabelSetNotFound,
     LogitcacheError,
+    MalformedMessage,
+    RequestRefused,
     RowsMissing,
+    ServerFault,
     ShapeMismatch,
     TeacherFault,
     UnknownView,
+    UntrustedServer,
 )
 from logitcache.labels.identity import Identity
 from logitcache.labels.ids import Ids
@@ -55,7 +60,7 @@ class Slow:
 
     def __init__(self) -> None:
         self.gate, self.asked = threading.Event(), threading.Semaphore(0)
-        self.errors: deque[LogitcacheError] = deque()
+        self.errors: deque[Exception] = deque()
         self.refused: set[int] = set()
         self.sent: list[RecordedRows] = []
         self.gate.set()
@@ -149,9 +154,24 @@ def test_what_has_come_together_meanwhile_is_sent_as_one(slow: Slow) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [DeadlineExceeded("away"), DiskFull("full"), *(kind("not the rows' fault") for kind in SENT_AGAIN[2:])]
+    "error",
+    [
+        DeadlineExceeded("away"),
+        DiskFull("full"),
+        KeyRefused("the key was revoked"),
+        UntrustedServer("a new certificate"),
+        RequestRefused("a proxy's page"),
+        MalformedMessage("a proxy's page"),
+        ServerFault("a mistake of the server"),
+        InvalidRequest("'run-1' is not being recorded: there is nothing to continue"),  # its volume is not mounted yet
+        LabelSetNotFound("likewise"),
+        IdentityChanged("another recording is there"),
+        RuntimeError("a mistake of ours"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
 )
-def test_what_could_not_be_sent_is_kept_and_sent_when_it_is_flushed_again(slow: Slow, error: LogitcacheError) -> None:
+def test_what_could_not_be_sent_is_kept_and_sent_when_it_is_flushed_again(slow: Slow, error: Exception) -> None:
     with into(slow) as recorder:
         slow.errors.append(error)
         add(recorder, 4, 5)
@@ -219,6 +239,28 @@ def test_only_the_batch_at_fault_is_lost_of_those_that_were_sent_together(slow: 
     assert isinstance(caught.value, TeacherFault | RowsMissing)
     recorder.close()
     assert slow.ids == [[0], [1], [5]]
+
+
+def test_rows_that_do_not_come_off_the_device_take_no_others_with_them(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> Any:
+        raise RuntimeError("the device is lost")
+
+    slow.gate.clear()
+    with into(slow, buffer_bytes=1 << 20) as recorder:
+        add(recorder, 0)
+        assert slow.asked.acquire(timeout=30)
+        add(recorder, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr("logitcache.client.selecting.selected", lambda *_: lost)
+            add(recorder, 2)
+        add(recorder, 3)
+        slow.gate.set()
+        with pytest.raises(RuntimeError, match="device is lost"):
+            recorder.flush()
+        recorder.flush()
+    assert slow.ids == [[0], [1, 3]]
 
 
 @pytest.mark.parametrize("alignment", ["pointwise", "causal"])

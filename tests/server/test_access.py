@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,7 +67,8 @@ def keys(store: Path) -> dict[str, str]:
 def server(store: Path, keys: dict[str, str]) -> Iterator[httpx.Client]:
     """A server that wants keys, and a client without one."""
     access = Access(KnownKeys(Keys(store)), frozenset({"labels.example.org"}))
-    with running(create_app(Catalog(store), access=access)) as url, httpx.Client(base_url=url) as client:
+    app = create_app(Catalog(store), record=True, access=access)
+    with running(app) as url, httpx.Client(base_url=url) as client:
         yield client
 
 
@@ -143,9 +145,11 @@ def test_a_key_travels_in_one_header_and_whole(
 
 
 def test_ten_thousand_wrong_keys_are_refused_and_the_right_one_is_still_let_in(
-    store: Path, keys: dict[str, str]
+    store: Path, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("logitcache.server.keys.TRUSTED_S", 1e9)
     known = KnownKeys(Keys(store))
+    known.read_again()
     right = keys["read"]
     wrong = [PREFIX + right[len(PREFIX) :][::-1], *(f"{right[:-4]}{number:04}" for number in range(10_000))]
     assert [secret for secret in wrong if secret != right and known.find(secret)] == []
@@ -184,6 +188,61 @@ def test_keys_that_cannot_be_read_let_nobody_in(store: Path, server: httpx.Clien
     while (asked := server.get("/v1/label-sets", headers=bearer(keys["admin"]))).status_code == 200:
         event.wait(0.05)
     assert (asked.status_code, asked.json()["code"]) == (500, "storage-fault")
+
+
+def test_a_body_that_nobody_with_a_key_sent_is_not_waited_for(server: httpx.Client) -> None:
+    at = server.base_url
+    with socket.create_connection((at.host, at.port or 0), timeout=10) as connection:
+        connection.sendall(b"GET /v1/label-sets HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert b"connection: close" in answer
+
+
+def test_while_the_store_is_away_nobody_is_told_that_their_key_is_wrong(
+    store: Path, server: httpx.Client, keys: dict[str, str], tmp_path: Path
+) -> None:
+    event = threading.Event()
+    for away, elsewhere in ((store, tmp_path / "store-away"), (store / ".keys", store / "keys-away")):
+        assert server.get("/metrics", headers=bearer(keys["read"])).status_code == 200
+        away.rename(elsewhere)
+        while (asked := server.get("/metrics", headers=bearer(keys["read"]))).status_code == 200:
+            event.wait(0.05)
+        assert (asked.status_code, asked.json()["code"], asked.headers["retry-after"]) == (503, "unavailable", "5")
+        assert str(tmp_path) not in asked.text
+        assert server.get("/healthz").status_code == 200
+        elsewhere.rename(away)
+        while server.get("/metrics", headers=bearer(keys["read"])).status_code != 200:
+            event.wait(0.05)
+
+
+def test_a_disk_that_hangs_under_the_keys_holds_up_what_needs_them_alone_and_not_for_long(
+    server: httpx.Client, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, go_on, read = threading.Event(), threading.Event(), Keys.read
+
+    def hang(self: Keys) -> Any:
+        hanging.set()
+        go_on.wait()
+        return read(self)
+
+    assert server.get("/v1/label-sets", headers=bearer(keys["read"])).status_code == 200
+    monkeypatch.setattr(Keys, "read", hang)
+    monkeypatch.setattr("logitcache.server.http.access.READ_S", 0.5)
+    try:
+        event = threading.Event()
+        while (asked := server.get("/v1/label-sets", headers=bearer(keys["read"]))).status_code == 200:
+            event.wait(0.05)
+        assert (asked.status_code, asked.headers["retry-after"]) == (503, "1")
+        assert hanging.is_set()
+        with ThreadPoolExecutor(4) as threads:
+            asking = [threads.submit(server.get, "/v1/label-sets") for _ in range(4)]
+            assert server.get("/healthz").status_code == 200
+            assert {each.result().status_code for each in asking} == {503}
+    finally:
+        go_on.set()
+    while server.get("/v1/label-sets", headers=bearer(keys["read"])).status_code != 200:
+        event.wait(0.05)
 
 
 def test_the_store_holds_no_key_and_its_folder_is_its_owners_alone(store: Path, keys: dict[str, str]) -> None:

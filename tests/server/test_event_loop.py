@@ -3,6 +3,8 @@
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,33 @@ def test_a_batch_at_hand_does_not_wait_for_another_label_set_that_is_being_opene
         assert opening.wait(30)
         answer = AT_HAND["a batch"](client)
         assert wire.decode_rows(answer.content).logit_max.tolist() == [4096, 1]
+        assert NOT_AT_HAND["JSON"](client).status_code == 200
         assert client.get("/healthz").text == "ok\n"
+        assert client.get("/readyz").status_code == 200
     finally:
         go_on.set()
         thread.join()
+
+
+def test_a_label_set_is_opened_once_however_many_ask_for_it_at_once(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    asking = threading.Barrier(4)
+
+    class Counted(LocalLabelSet):
+        def __init__(self, path: Path, **options: Any) -> None:
+            opened.append(path)
+            super().__init__(path, **options)
+
+    def get(catalog: Catalog) -> Any:
+        asking.wait()
+        return catalog.get("half")
+
+    monkeypatch.setattr(catalogs, "open_label_set", Counted)
+    with ThreadPoolExecutor(4) as threads, closing(Catalog(own_store)) as catalog:
+        found = [each.result() for each in [threads.submit(get, catalog) for _ in range(4)]]
+        assert len({id(each) for each in found}) == len(opened) == 1
 
 
 def test_health_and_batches_at_hand_are_answered_while_all_readers_wait_for_a_disk(

@@ -4,6 +4,7 @@ import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -16,7 +17,7 @@ from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RangeOutside, TooManyRows
 from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import Description
-from logitcache.server.http import openapi
+from logitcache.server.http import openapi, rows_json
 from logitcache.server.http.rows_json import fetch_rows
 from logitcache.storage import LocalLabelSet
 
@@ -51,6 +52,24 @@ def test_json_of_ragged_rows_holds_what_safetensors_holds(shapes_server: httpx.C
     assert rows["target_logit"] == [None if np.isnan(logit) else logit for logit in soft.target_logit.tolist()]
     assert set(rows) <= set(openapi.Rows.model_fields)
     openapi.Rows.model_validate(rows)
+
+
+def test_json_holds_fewer_rows_where_they_have_many_logits(
+    shapes_server: httpx.Client, books: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k = len(shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at([0]), "rows": [0, 1]}).json()["indices"][0])
+    monkeypatch.setattr(rows_json, "MAX_JSON_LOGITS", 4 * k + k - 1)
+    first = {"rows": [0, 1]}
+    assert shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at(range(4))} | first).status_code == 200
+    answer = shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at(range(5))} | first)
+    assert "application/vnd.safetensors" in problem_of(answer, TooManyRows, 413).message
+    assert answer.json()["limit"] == 4
+    long = books.at([int(np.argmax(books.row_counts))])[0]
+    path = f"{BOOKS}/examples/{quote(str(long), safe='')}"
+    assert problem_of(shapes_server.get(path), TooManyRows, 413).details["limit"] == 4
+    assert shapes_server.get(path, params={"rows": "0:4"}).status_code == 200
+    monkeypatch.setattr(rows_json, "MAX_JSON_LOGITS", 1)
+    assert shapes_server.get(path, params={"rows": "0:1"}).status_code == 200
 
 
 def test_a_target_that_is_none_is_null(shapes_server: httpx.Client, books: Reference) -> None:

@@ -1,7 +1,10 @@
 """Jobs over HTTP, with real precomputes in processes of their own: they wait, run, end, are cancelled, asked again."""
 
+import errno
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -17,9 +20,10 @@ from logitcache.server.config import Config
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
+from logitcache.server.jobs import queue, rules
 from logitcache.server.jobs.folder import TAIL_BYTES, TAIL_LINES, JobFolder
 from logitcache.server.jobs.job import Asked, Job, JobDetail, ProcessId
-from logitcache.server.jobs.process import COMMAND, _began
+from logitcache.server.jobs.process import COMMAND, JobProcess, _began
 from logitcache.server.jobs.queue import MOST_LISTED, Jobs
 from logitcache.storage import LocalLabelSet
 from logitcache.storage.lock import WriterLock
@@ -701,3 +705,66 @@ def test_the_list_is_bounded_and_a_damaged_state_file_is_passed_over(tmp_path: P
         assert jobs.counts()["cancelled"] == MOST_LISTED + 4
     finally:
         jobs.close()
+
+
+def test_jobs_that_cannot_be_read_now_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site.make(tmp_path)
+    job = written(site, "a", state=lambda job: job.over("cancelled"))
+    away, read_bytes, refused = [True], Path.read_bytes, threading.Event()
+
+    def short_of_files(self: Path) -> bytes:
+        if away[0] and self.name == "job.json":
+            refused.set()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return read_bytes(self)
+
+    monkeypatch.setattr(queue, "TROUBLE_S", 0.01)
+    monkeypatch.setattr(Path, "read_bytes", short_of_files)
+    with watching(Jobs(site.store, site.config)) as jobs:
+        assert refused.is_set()
+        with pytest.raises(StorageFault):
+            jobs.get(job.id)
+        away[0] = False
+        until(lambda: jobs.counts()["cancelled"] == 1, "the job to be found again")
+        assert jobs.get(job.id).state == "cancelled"
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
+def test_a_job_for_which_there_is_no_room_now_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    site = Site.make(tmp_path)
+    job = written(site, "a")
+    errors, queued = [number, number, errno.ENOENT], list[str]()
+
+    def begin(*_: Any) -> JobProcess:
+        queued.append(Job.model_validate_json((site.store / ".jobs" / job.id / "job.json").read_bytes()).state)
+        failed = errors.pop(0)
+        raise OSError(failed, os.strerror(failed))
+
+    monkeypatch.setattr(queue, "TROUBLE_S", 0.01)
+    monkeypatch.setattr(JobProcess, "begin", begin)
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: jobs.get(job.id).state == "failed", "what cannot pass to be told")
+        error = jobs.get(job.id).error
+    assert queued == ["queued"] * 3
+    assert error is not None
+    assert "No such file" in error.message
+
+
+def test_the_queue_outlives_whatever_one_look_at_it_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site.make(tmp_path)
+    file = site.folder / "logitcache.toml"
+    file.write_text(file.read_text().replace("one = ", "other = "))
+    job = written(site, "gone")
+    due, errors = rules.due, [RuntimeError("a mistake of ours")] * 3
+
+    def mistaken(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return due(*arguments)
+
+    monkeypatch.setattr(queue, "TROUBLE_S", 0.01)
+    monkeypatch.setattr(rules, "due", mistaken)
+    with watching(Jobs(site.store, site.config)) as jobs:
+        until(lambda: jobs.get(job.id).state == "failed", "the queue to go on")

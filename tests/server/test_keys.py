@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.server.test_serve import serving
 
-from logitcache.labels.errors import InvalidName, InvalidRequest, NotFound, StorageFault
+from logitcache.labels.errors import InvalidName, InvalidRequest, NotFound, StorageFault, Unavailable
 from logitcache.server.cli import cli
-from logitcache.server.keys import PREFIX, Keys
+from logitcache.server.keys import PREFIX, Keys, KnownKeys
 
 
 def run(*arguments: str) -> Result:
@@ -66,6 +66,24 @@ def test_keys_of_a_store_that_is_not_there_are_refused(tmp_path: Path) -> None:
     result = run("keys", "make", "trainer", "--store", str(tmp_path / "nothing"))
     assert result.exit_code == 1
     assert "nothing" in result.stderr
+
+
+def test_keys_that_were_read_too_long_ago_let_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = KnownKeys(Keys(tmp_path))
+    key = Keys(tmp_path).make("trainer", "read")
+    with pytest.raises(Unavailable):
+        known.find(key)
+    known.read_again()
+    assert known.find(key) is not None
+    monkeypatch.setattr("logitcache.server.keys.TRUSTED_S", -1.0)
+    with pytest.raises(Unavailable, match="in time"):
+        known.find(key)
+
+
+def test_whether_there_are_keys_is_not_known_without_the_store(tmp_path: Path) -> None:
+    assert Keys(tmp_path).read() == []
+    with pytest.raises(Unavailable, match="no store"):
+        Keys(tmp_path / "away").read()
 
 
 def test_a_server_wants_keys_where_the_store_has_any(finished_store: Path, own_store: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from anyio import CapacityLimiter
+from fastapi import FastAPI
 from tests.building import build, reference
 
 from logitcache.client import connect
@@ -24,6 +25,7 @@ from logitcache.server.http import protocol, serve
 from logitcache.server.http.app import READERS, create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.load import Load
+from logitcache.server.http.protocol import ProblemProtocol
 from logitcache.server.http.record import Record
 from logitcache.server.http.serve import running
 from logitcache.storage import LocalLabelSet
@@ -54,9 +56,31 @@ def head(length: int) -> bytes:
     return f"POST {FETCH} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
+UNFINISHED = head(1_000_001) + bytes(1_000_000)
+
+
+def test_bytes_that_were_only_promised_keep_no_others_out(finished_store: Path) -> None:
+    load = Load(most_bytes=1 << 20)
+    promised = head(1_000_000).replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, promised) as slow:
+        assert slow.recv(65_536).startswith(b"HTTP/1.1 100")
+        ids = bytes(wire.encode_ids(as_ids(list(range(10_000)))))
+        assert httpx.post(url + FETCH, headers=SAFETENSORS, content=ids).status_code == 200
+
+
+def test_an_example_for_a_person_counts_as_well(finished_store: Path) -> None:
+    load = Load(most_bytes=1)
+    with running(create_app(Catalog(finished_store), load=load)) as url:
+        assert httpx.get(f"{url}/v1/label-sets/digits/examples/7").status_code == 200
+        until(lambda: load.bytes == 0)
+        load.add(1)
+        refused = httpx.get(f"{url}/v1/label-sets/digits/examples/7")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+
+
 def test_bytes_beyond_the_bound_are_refused_before_they_are_read(finished_store: Path) -> None:
     load = Load(most_bytes=1 << 20)
-    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, head(1_000_000)) as slow:
+    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, UNFINISHED) as slow:
         until(lambda: load.bytes == 1_000_000)
         refused = httpx.post(url + FETCH, headers=SAFETENSORS, content=EVERYTHING[:100_000])
         assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (
@@ -75,7 +99,7 @@ def test_bytes_beyond_the_bound_are_refused_before_they_are_read(finished_store:
 def test_tokens_and_json_are_answered_beside_others(tmp_path: Path) -> None:
     build(tmp_path / "tokens", reference(2, alignment="causal"))
     path, load = "/v1/label-sets/tokens/fetch", Load(most_bytes=4 << 20)
-    with running(create_app(Catalog(tmp_path), load=load)) as url, sent(url, head(1_000_000)):
+    with running(create_app(Catalog(tmp_path), load=load)) as url, sent(url, UNFINISHED):
         until(lambda: load.bytes == 1_000_000)
         ids = bytes(wire.encode_ids(as_ids([1, 0])))
         assert httpx.post(url + path, headers=SAFETENSORS, content=ids).status_code == 200
@@ -116,6 +140,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(protocol, name, 0.5)
 
 
+def refusals(app: FastAPI, status: str) -> float | None:
+    """How often it was answered so to what is no request."""
+    labels = {"method": "other", "route": "unmatched", "status": status}
+    value: float | None = app.state.metrics.registry.get_sample_value("logitcache_requests_total", labels)
+    return value
+
+
 SLOW: dict[str, bytes] = {
     "nothing": b"",
     "half a head": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: ",
@@ -127,13 +158,15 @@ SLOW: dict[str, bytes] = {
 @pytest.mark.parametrize("what", SLOW)
 def test_a_peer_that_stops_is_closed(finished_store: Path, impatient: None, what: str) -> None:
     load = Load()
-    with running(create_app(Catalog(finished_store), load=load)) as url, sent(url, SLOW[what]) as slow:
+    app = create_app(Catalog(finished_store), load=load)
+    with running(app) as url, sent(url, SLOW[what]) as slow:
         if what == "an answer that is not taken":
             until(lambda: load.bytes > 0)
             until(lambda: load.bytes == 0)
             return
         answer = b"".join(iter(lambda: slow.recv(65_536), b""))
         assert answer == b"" or answer.startswith(b"HTTP/1.1 408 Request Timeout")
+    assert refusals(app, "408") == (1 if what == "half a head" else None)
 
 
 @pytest.mark.parametrize("name", ["half a head", "half a body"])
@@ -161,7 +194,8 @@ def test_connections_beyond_what_the_process_may_open_are_told_so(
     finished_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "most_connections", lambda: 3)
-    with running(create_app(Catalog(finished_store))) as url, ExitStack() as stack:
+    app = create_app(Catalog(finished_store))
+    with running(app) as url, ExitStack() as stack:
         for _ in range(3):
             connection = stack.enter_context(sent(url, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
@@ -170,6 +204,7 @@ def test_connections_beyond_what_the_process_may_open_are_told_so(
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in answer
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "server-busy"
+    assert refusals(app, "503") == 1
 
 
 @pytest.fixture
@@ -208,10 +243,58 @@ def test_requests_that_would_wait_too_long_are_told_to_come_back_while_the_rest_
         assert {each.result().status_code for each in asked} == {200}
 
 
+def test_what_a_server_that_ends_cannot_finish_is_told_to_come_back(
+    finished_store: Path, held_up: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "DRAIN_S", 0.1)
+    app = create_app(Catalog(finished_store))
+    ids = bytes(wire.encode_ids(as_ids([3])))
+    with ThreadPoolExecutor(1) as threads:
+        with running(app) as url:
+            asked = threads.submit(httpx.post, url + FETCH, headers=SAFETENSORS, content=ids, timeout=60)
+            until(lambda: app.state.readers.statistics().borrowed_tokens == 1)
+        answer = asked.result()
+    assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+    assert (answer.json()["code"], answer.json()["retry"]) == ("server-busy", True)
+    assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
+
+
+def test_routes_that_are_plain_functions_are_refused_as_well_when_too_many_wait(
+    finished_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the framework's 40 threads; probes have threads of their own."""
+    released, waiting, more = threading.Event(), 4, 8
+    fetch = LocalLabelSet.fetch
+
+    def held(self: LocalLabelSet, *arguments: Any, **options: Any) -> Any:
+        released.wait()
+        return fetch(self, *arguments, **options)
+
+    monkeypatch.setattr(LocalLabelSet, "fetch", held)
+    asking = 40 + waiting + more
+    with (
+        running(create_app(Catalog(finished_store), load=Load(most_waiting=waiting))) as url,
+        httpx.Client(base_url=url, timeout=60, limits=httpx.Limits()) as client,
+        ThreadPoolExecutor(asking) as threads,
+    ):
+        asked = [threads.submit(client.get, "/v1/label-sets/digits/examples/3") for _ in range(asking)]
+        try:
+            until(lambda: sum(each.done() for each in asked) == more)
+            for path in ("/v1/label-sets", "/v1/label-sets/digits", "/v1/jobs"):
+                refused = client.get(path)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            for path in ("/healthz", "/readyz", "/metrics"):
+                assert client.get(path).status_code == 200
+        finally:
+            released.set()
+        assert sorted(each.result().status_code for each in asked) == [200] * (40 + waiting) + [503] * more
+
+
 def test_the_sdk_comes_back(finished_store: Path, held_up: threading.Event) -> None:
-    app = create_app(Catalog(finished_store), load=Load(most_waiting=0))
+    app = create_app(Catalog(finished_store))
     with running(app) as url:
         labels = connect(f"{url}/digits", timeout_s=30)
+        app.state.load._most_waiting = 0
         with ThreadPoolExecutor(1) as threads:
             asked = threads.submit(labels.fetch, [3, 1, 4])
             until(lambda: labels.stats.retries > 0)
@@ -246,3 +329,29 @@ def test_an_answer_is_complete_however_slowly_it_is_taken(finished_store: Path, 
             pause.wait(0.2)
         assert len(wire.decode_rows(bytearray(b"".join(parts)))) == 60_000
         connection.close()
+
+
+class Taken:
+    """In the place of a connection's transport: so many bytes are not taken yet."""
+
+    unsent, aborted = 0, False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_peer_is_not_slow_because_the_next_answer_begins(steady: bool) -> None:
+    """It takes 600 KiB in 20 s, and more is left after the next answer of 1 MiB was given than before."""
+    connection, taken = ProblemProtocol.__new__(ProblemProtocol), Taken()
+    connection.transport, connection.cycle = taken, None  # type: ignore[assignment]
+    for second in range(0, 200, 20):
+        if taken.unsent < 600 << 10:
+            connection._given += 1 << 20
+            taken.unsent += 1 << 20
+        connection.look(second)
+        taken.unsent -= 600 << 10 if steady else 1
+    assert taken.aborted == (not steady)

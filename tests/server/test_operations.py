@@ -13,7 +13,7 @@ import pytest
 from tests.server.conftest import write_label_set
 
 from logitcache.labels import wire
-from logitcache.labels.errors import ServerFault
+from logitcache.labels.errors import LabelSetNotFound, RowsMissing, ServerFault, StoreNotFound
 from logitcache.labels.problem import from_problem
 from logitcache.server import logs
 from logitcache.server.http.app import create_app
@@ -201,6 +201,31 @@ def test_an_unforeseen_failure_tells_the_client_nothing_and_the_log_everything(
     (line,) = events(log, "request failed")
     assert "a secret of the server" in line["exception"]
     assert line["request_id"] == "find-me" == answer.json()["request_id"]
+
+
+def test_where_the_store_is_is_told_by_no_error_and_ids_are_told_as_they_are(own_store: Path) -> None:
+    app = create_app(Catalog(own_store))
+    photo = str(own_store / "photo.jpg")
+
+    @app.get("/away")
+    def away() -> None:
+        raise StoreNotFound(f"the store {own_store} cannot be made: {own_store.parent} does not exist")
+
+    @app.get("/elsewhere")
+    def elsewhere() -> None:
+        raise LabelSetNotFound(f"no {own_store}/a", available=[f"{own_store}/b"], fields={"a": [str(own_store)]})
+
+    @app.get("/missing")
+    def missing() -> None:
+        raise RowsMissing("no rows", unknown=[photo], unlabelled=[])
+
+    with running(app) as url, httpx.Client(base_url=url) as client:
+        for path in ("/away", "/elsewhere"):
+            answer = client.get(path)
+            assert answer.status_code == 404
+            assert str(own_store.parent) not in answer.text
+        assert client.get("/elsewhere").json()["available"] == ["label-sets/b"]
+        assert client.get("/missing").json()["unknown"] == [photo]
 
 
 def test_a_label_set_that_appears_is_served_and_one_that_goes_is_not_found(

@@ -1,5 +1,6 @@
 """Requests byte by byte: what a connection carries in order, what is refused and when, and clients that go away."""
 
+import gc
 import http.client
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.protocol import MAX_HEAD_BYTES
+from logitcache.server.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, ProblemProtocol
 from logitcache.server.http.serve import running
 
 HOST = b"Host: x\r\n"
@@ -90,6 +91,65 @@ def test_trailers_without_an_end_are_refused(server: httpx.Client) -> None:
             for _ in range(100_000):
                 connection.sendall(trailer)
     assert server.get("/healthz").status_code == 200
+
+
+def test_headers_without_number_are_refused_and_a_hundred_are_taken(server: httpx.Client) -> None:
+    short = b"ab:cd\r\n"
+    assert statuses(exchanged(server, LAST[:-2] + short * (MAX_HEADERS - 2) + b"\r\n")) == [200]
+    answer = exchanged(server, LAST[:-2] + short * (MAX_HEADERS - 1) + b"\r\n")
+    assert statuses(answer) == [400]
+    assert b"application/problem+json" in answer
+
+
+def test_trailers_without_number_are_refused(server: httpx.Client) -> None:
+    answer = exchanged(server, CHUNKED + ONE_CHUNK[:-2] + b"\r\n0\r\n" + b"ab:cd\r\n" * MAX_HEADERS + b"\r\n")
+    assert statuses(answer) == [400]
+
+
+def test_what_was_asked_is_not_kept_once_it_is_answered(finished_store: Path) -> None:
+    with running(create_app(Catalog(finished_store))) as url, connected(httpx.Client(base_url=url)) as connection:
+        connection.sendall(HEALTH[:-2] + b"X-Marked: mark-of-this-test\r\n\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        held = [each for each in gc.get_objects() if isinstance(each, ProblemProtocol) and each.cycle is not None]
+        assert held
+        for each in held:
+            assert "mark-of-this-test" not in repr((each.headers, each.scope, each.cycle.scope))
+
+
+UNREAD = b"Content-Length: 1000000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n" + HOST, 200),
+        (b"GET /nothing HTTP/1.1\r\n" + HOST, 404),
+        (b"PUT /healthz HTTP/1.1\r\n" + HOST, 405),
+        (POST, 413),
+        (POST.replace(b"/json", b"/xml"), 415),
+        (POST.replace(b"Host: x", b"Host: evil.example"), 421),
+    ],
+)
+def test_a_connection_ends_with_an_answer_that_came_before_the_body(
+    server: httpx.Client, asked: bytes, status: int
+) -> None:
+    answer = exchanged(server, asked + UNREAD)
+    assert statuses(answer) == [status]
+    assert b"connection: close" in answer
+
+
+def test_an_answer_to_a_body_that_is_there_and_was_not_read_leaves_the_connection_open(server: httpx.Client) -> None:
+    refused = POST.replace(b"/json", b"/xml") + b"Content-Length: %d\r\n\r\n%s" % (len(IDS), IDS)
+    assert statuses(exchanged(server, refused, LAST)) == [415, 200]
+
+
+def test_what_is_refused_before_it_is_a_request_is_counted(finished_store: Path) -> None:
+    app = create_app(Catalog(finished_store))
+    with running(app) as url:
+        exchanged(httpx.Client(base_url=url), b"\x01 garbage\r\n\r\n")
+    labels = {"method": "other", "route": "unmatched", "status": "400"}
+    assert app.state.metrics.registry.get_sample_value("logitcache_requests_total", labels) == 1
+    assert app.state.metrics.registry.get_sample_value("logitcache_errors_total", {"code": "request-refused"}) == 1
 
 
 def test_what_a_head_may_have_is_counted_anew_for_each_request(server: httpx.Client) -> None:

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +17,7 @@ from pydantic import TypeAdapter
 from tests.building import reference
 from tests.server.test_cli import refused, run
 from tests.server.test_http_api import JSON, SAFETENSORS, problem_of
+from tests.server.test_protocol import exchanged, statuses
 
 from logitcache.labels import wire
 from logitcache.labels.errors import (
@@ -30,6 +34,7 @@ from logitcache.labels.errors import (
     RequestRefused,
     RowsMissing,
     ShapeMismatch,
+    StorageFault,
     TeacherFault,
     TooManyRows,
 )
@@ -38,17 +43,20 @@ from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import Description
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who, recorder_id
 from logitcache.labels.soft_labels import SoftLabels
-from logitcache.server.http import openapi
+from logitcache.server.http import id_lists, openapi
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.id_lists import without_ids
 from logitcache.server.http.messages import MAX_REQUEST_BYTES
 from logitcache.server.http.recording_routes import MOST_BYTES
 from logitcache.server.http.serve import running
+from logitcache.storage import Recording
 from logitcache.storage.files import Files, explained
 
 EXAMPLES, CLASSES, K = 12, 10, 3
 SOURCE = reference(1, short_by=0, k=K, classes=CLASSES, seed=4)
 RUN = "/v1/label-sets/run-1"
+WHO = {"rank": 0, "sitting": 1}
 
 
 def terms_of(**changes: Any) -> RecordingTerms:
@@ -155,8 +163,8 @@ def test_the_documentation_tells_all_three_routes_and_what_they_answer(server: h
     for (path, _), told in found.items():
         kind = wire.MEDIA_TYPE if path == "/record" else "application/json"
         assert set(told["requestBody"]["content"]) == {kind}
-        assert set(told["responses"]) >= {"200", "default"}
-        assert set(told["responses"]["default"]["content"]) == {"application/problem+json"}
+        assert set(told["responses"]) >= {"200", "409", "507"}
+        assert set(told["responses"]["507"]["content"]) == {"application/problem+json"}
         answered = told["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         assert answered == ("Recorded" if path == "/record" else "Stand")
         assert answered in api["components"]["schemas"]
@@ -272,6 +280,142 @@ def test_bodies_that_are_too_long_or_of_another_type_are_not_read(server: httpx.
         problem_of(server.post(path, content=b"{}", headers=kind), RequestRefused, 415)
     problem_of(server.put(f"{RUN}/recording", content=b"{}", headers=SAFETENSORS), RequestRefused, 415)
     problem_of(server.put(f"{RUN}/recording", content=b"{", headers=JSON), RequestRefused, 400)
+
+
+def test_a_long_body_is_not_waited_for_where_nothing_would_be_recorded(
+    server: httpx.Client, finished_store: Path
+) -> None:
+    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {MOST_BYTES}\r\n\r\n"
+    with running(create_app(Catalog(finished_store))) as url:
+        answer = exchanged(httpx.Client(base_url=url), f"PUT {RUN}/recording HTTP/1.1\r\n{head}".encode())
+        assert statuses(answer) == [403]
+    answer = exchanged(server, f"PUT /v1/label-sets/Run/recording HTTP/1.1\r\n{head}".encode())
+    assert statuses(answer) == [422]
+
+
+IDS_OF_ALL_FORMS: list[list[int] | list[str]] = [
+    [3, -1, 2**63 - 1],
+    list(range(20_000)),
+    ["]", '"', "\\", '","', "\n\t", "ids", "é😀", "a" * 4096, "\x01" * 4096],
+    [f"photo-{number}" for number in range(20_000)],
+]
+
+
+@pytest.mark.parametrize("ids", IDS_OF_ALL_FORMS)
+@pytest.mark.parametrize("options", [{}, {"indent": 4}, {"separators": (",", ":")}, {"ensure_ascii": False}])
+def test_ids_are_found_wherever_they_stand_and_however_they_are_written(ids: Any, options: dict[str, Any]) -> None:
+    others = {"rank": 0, "terms": {"ids": ["no", {"ids": [1]}], "identity": '"ids": ['}}
+    for asked in ({"ids": ids, **others}, {**others, "ids": ids}):
+        rest, found = without_ids(json.dumps(asked, **options).encode())
+        assert json.loads(rest) == others | {"ids": None}
+        assert found is not None
+        assert np.array_equal(found.keys, as_ids(ids).keys)
+        assert found.texts == (ids if isinstance(ids[0], str) else None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "status"),
+    [
+        ("[]", 422),
+        ("[1,]", 422),
+        ("[1 2]", 422),
+        ("[1.5]", 422),
+        ("[true]", 422),
+        ("[null]", 422),
+        ("[[1]]", 422),
+        ("{}", 422),
+        ("7", 422),
+        ('["a", 1]', 422),
+        ('[1, "a"]', 422),
+        (json.dumps([*range(10_000), "a"]), 422),
+        ("[9223372036854775808]", 422),
+        ("[" + "1" * 5000 + "]", 422),
+        ('["' + "a" * 5000 + '"]', 422),
+        ('["' + "a" * 500_000 + '"]', 422),
+        ('["a\\u0000"]', 422),
+        ('["\\ud800"]', 422),
+        ('[1], "ids": [1]', 422),
+        ("[01]", 400),
+        ('["a\n"]', 400),
+        ("[1", 422),
+        ("[" * 100_000, 422),
+        ("[" + "[]," * 400_000, 422),
+    ],
+)
+def test_ids_that_are_none_are_refused(server: httpx.Client, ids: str, status: int) -> None:
+    terms = json.dumps(terms_of(ids="integer").to_json())
+    body = f'{{"rank": 0, "sitting": 1, "terms": {terms}, "ids": {ids}}}'
+    answer = server.put(f"{RUN}/recording", content=body.encode(), headers=JSON)
+    assert answer.status_code == status, answer.text
+    assert server.get(RUN).status_code == 404
+
+
+def test_what_is_read_at_once_of_a_long_body_is_short(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading JSON keeps all other threads waiting: a list of ids is read in pieces, and nothing else may be long."""
+    read: list[int] = []
+
+    def counted(piece: bytes, loads: Any = json.loads) -> Any:
+        read.append(len(piece))
+        return loads(piece)
+
+    monkeypatch.setattr(id_lists, "json", SimpleNamespace(loads=counted))
+    terms = terms_of(ids="integer", examples=100_000).to_json()
+    told = WHO | {"terms": terms, "ids": list(range(100_000))}
+    assert server.put(f"{RUN}/recording", json=told).status_code == 200
+    assert sum(read) > 400_000
+    assert max(read) < 1000
+    told = WHO | {"terms": terms | {"nothing": [[]] * 100_000}}
+    problem_of(server.put(f"{RUN}/recording", json=told), TooManyRows, 413)
+
+
+def test_names_that_are_made_up_are_no_labels_of_metrics(server: httpx.Client) -> None:
+    made_up = "made-up-name"
+    told = {"rank": 0, "sitting": 1, "terms": {}}
+    assert server.put(f"/v1/label-sets/{made_up}/recording", json=told).status_code == 422
+    assert send(server, body_of([1]), made_up).is_error
+    assert server.post(f"/v1/label-sets/{made_up}/recording/finish", json=WHO).is_error
+    assert made_up not in server.get("/metrics").text
+    begin(server)
+    assert 'logitcache_response_bytes_total{label_set="run-1"}' in server.get("/metrics").text
+
+
+def test_a_recording_that_broke_once_goes_on(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(server)
+
+    def fails(self: Files, *_: Any) -> None:
+        raise StorageFault("the disk is away")
+
+    with monkeypatch.context() as patched:
+        for what in ("append", "cut", "erase"):
+            patched.setattr(Files, what, fails)
+        problem_of(send(server, body_of([1])), StorageFault, 500)
+        problem_of(send(server, body_of([1])), StorageFault, 500)
+    assert send(server, body_of([1])).json() == {"rows": 1}
+    assert stand_of(begin(server, sitting=2)).recorded == 1
+
+
+def test_a_recording_is_begun_while_the_log_of_another_is_read(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Slow(Recording):
+        def __init__(self, path: Path, *arguments: Any) -> None:
+            if path.name == "slow":
+                reading.set()
+                assert go_on.wait(60)
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr("logitcache.server.http.recordings.Recording", Slow)
+    with ThreadPoolExecutor(2) as threads:
+        slow = [threads.submit(begin, server, name="slow", sitting=sitting) for sitting in (1, 2)]
+        try:
+            assert reading.wait(60)
+            assert stand_of(begin(server)).recorded == 0
+            assert send(server, body_of([1])).status_code == 200
+        finally:
+            go_on.set()
+        assert {each.result().status_code for each in slow} <= {200, 409}  # the first may come behind the second
 
 
 def test_a_full_disk_is_507_and_what_is_sent_again_is_recorded(

@@ -23,17 +23,15 @@ from logitcache.client.held_inputs import HeldTokens, check_one_an_id, held_toke
 from logitcache.client.recording_sinks import Sink
 from logitcache.labels.errors import (
     Id,
+    InvalidIds,
     InvalidRequest,
     LogitcacheError,
-    MalformedMessage,
-    NotAllowed,
     RecorderReplaced,
-    RequestRefused,
-    ServerFault,
+    RowsMissing,
     ShapeMismatch,
-    StorageFault,
-    Unavailable,
-    UntrustedServer,
+    TeacherFault,
+    TooManyRows,
+    UnknownView,
     shown,
 )
 from logitcache.labels.fingerprints import fingerprints, token_fingerprint
@@ -53,9 +51,10 @@ BUFFER_BYTES = 64 << 20
 SEALED_PAUSE_S = 0.1
 """Seconds between two questions whether a label set is sealed."""
 
-SENT_AGAIN = (Unavailable, StorageFault, NotAllowed, UntrustedServer, RequestRefused, MalformedMessage, ServerFault)
-"""What says nothing of the rows themselves: the server, its key, its certificate, or a proxy that answers in its place.
-Rows that met it are kept. Any other error is the rows' own, and they are not sent again."""
+NOT_SENT_AGAIN = (InvalidIds, UnknownView, RowsMissing, ShapeMismatch, TooManyRows, TeacherFault, RecorderReplaced)
+"""What the place that rows are sent to says of the rows themselves, or of this recorder for good: they are dropped. Any
+other error (of the server, its store, its key, a proxy in its place, or nobody's) says nothing of them: they are
+kept."""
 
 _LOG = logging.getLogger("logitcache.client")
 
@@ -285,11 +284,11 @@ class Recorder:
         finally:
             try:
                 self.close()
-            except LogitcacheError as unsent:
+            except Exception as unsent:
                 if error is None:
                     raise
                 # What ended the block is what its caller wants to know.
-                _LOG.warning("%r ended with some rows unsent: %s", self.name, unsent.message)
+                _LOG.warning("%r ended with some rows unsent: %s", self.name, unsent)
 
     def _checked(self, ids: Any, view: Any, step: int | None) -> tuple[Ids, Int64[np.ndarray, " ids"], int]:
         if self._closed or os.getpid() != self._pid:
@@ -336,51 +335,53 @@ class Recorder:
                     taken.append(self._waiting.popleft())
                 self._waiting_bytes -= sum(each.nbytes for each in taken)
                 self._under_way = True
-            error: Exception | None = None
+            error: Exception | None
             try:
-                self._send_together(taken)
+                error, kept = self._send_together(taken), list[_Added]()
             except Exception as caught:  # noqa: BLE001 - raised where the next call is made
-                error = caught
+                # It can be sent yet: when the server is back, lets us in again, or has room on its disk.
+                error, kept = caught, taken
             with self._change:
                 self._under_way, self._error = False, error
-                if isinstance(error, SENT_AGAIN):
-                    # It can be sent yet: when the server is back, lets us in again, or has room on its disk.
-                    self._waiting.extendleft(reversed(taken))
-                    self._waiting_bytes += sum(each.nbytes for each in taken)
+                self._waiting.extendleft(reversed(kept))
+                self._waiting_bytes += sum(each.nbytes for each in kept)
                 self._change.notify_all()
 
-    def _send_together(self, taken: list[_Added]) -> None:
+    def _send_together(self, taken: list[_Added]) -> Exception | None:
+        """Send batches; gives the first error of rows that were left out, being no rows.
+
+        Raises:
+            Exception: all of them are to be sent again.
+        """
         parts: list[RecordedRows] = []
-        faulty: LogitcacheError | None = None
+        faulty: Exception | None = None
         for each in taken:
-            rows = each.rows()
             try:
+                rows = each.rows()
                 check_recorded(rows, self.terms, self.name)
                 parts += _split(rows, self._spec)
-            except LogitcacheError as error:
-                faulty = faulty or error  # the others are sent all the same
+            except Exception as error:  # noqa: BLE001 - of this batch; the others are sent all the same
+                faulty = faulty or error
         while parts:
             count = _fitting(parts, self._spec)
             sent, parts = parts[:count], parts[count:]
             try:
                 self._sink.append(together(sent), self._who)
-            except SENT_AGAIN:
-                raise
-            except LogitcacheError as error:
+            except NOT_SENT_AGAIN as error:
                 refused = self._send_each(sent) if count > 1 else error
                 faulty = faulty or refused
-        if faulty is not None:
-            raise faulty
+        return faulty
 
     def _send_each(self, parts: list[RecordedRows]) -> LogitcacheError | None:
-        """Send batches one by one that were refused together, so that only the batch at fault is lost."""
-        refused = None
+        """Send batches one by one that were refused together, so that only the batch at fault is lost.
+
+        Where that ends in another error all are sent again: what is there already is the same row.
+        """
+        refused: LogitcacheError | None = None
         for part in parts:
             try:
                 self._sink.append(part, self._who)
-            except SENT_AGAIN:
-                raise  # all of them are sent again: what is there already is the same row
-            except LogitcacheError as error:
+            except NOT_SENT_AGAIN as error:
                 refused = refused or error
         return refused
 

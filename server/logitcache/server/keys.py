@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from logitcache.labels.errors import InvalidRequest, NotFound, StorageFault
+from logitcache.labels.errors import InvalidRequest, NotFound, StorageFault, Unavailable
 from logitcache.labels.identity import check_name
 from logitcache.server.names import near_or_all
 from logitcache.storage.files import Files, explained
@@ -30,7 +30,13 @@ PREFIX = "lck_"
 """Of every key, so that it is known for one where it should not be: in a log, in a repository."""
 
 LOOK_EVERY_S = 0.5
-"""How long what was read of the folder is believed."""
+"""When what was read of the folder is to be read again."""
+
+TRUSTED_S = 1.0
+"""How long what was read of the folder is believed, though it cannot be read again in time."""
+
+AWAY_S = 5.0
+"""When to ask again where the store is not there."""
 
 MOST_BYTES = 4096
 """Of a key's file."""
@@ -103,25 +109,49 @@ class Keys:
         """Of all keys, sorted.
 
         Raises:
+            Unavailable: the store is not there: whether it has keys is not known.
             StorageFault: the folder cannot be read.
         """
         with explained(self.folder):
-            return sorted(path.stem for path in self.folder.glob("[!.]*.json")) if self.folder.exists() else []
+            if self.folder.exists():
+                return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
+            if not self.store.is_dir():
+                raise _away(f"there is no store {self.store} now, so its keys are not known", AWAY_S)
+        return []
 
     def read(self) -> list[Key]:
         """All keys, by name.
 
         Raises:
+            Unavailable: as of `names`.
             StorageFault: one cannot be read, or is none.
         """
         return [_read(self.folder / f"{name}.json") for name in self.names()]
 
 
 class KnownKeys:
-    """The keys of a store as a server asks for them, read again when they may have changed."""
+    """The keys of a store as a server asks for them: `read_again` waits for the disk, and `find` never does."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys, self._known, self._read_s = keys, list[Key](), float("-inf")
+
+    @property
+    def are_old(self) -> bool:
+        """They may have changed, and are to be read again."""
+        return time.monotonic() - self._read_s > LOOK_EVERY_S
+
+    def read_again(self) -> None:
+        """Read the keys.
+
+        Raises:
+            Unavailable: the store is not there, or the folder that had keys is not.
+            StorageFault: the keys cannot be read: nobody is let in.
+        """
+        began_s = time.monotonic()
+        known = self._keys.read()
+        if self._known and not self._keys.folder.exists():
+            raise _away(f"the keys of {self._keys.store} are away", AWAY_S)
+        self._known, self._read_s = known, began_s
 
     def find(self, secret: str) -> Key | None:
         """The key that this is; None if it is none.
@@ -129,15 +159,21 @@ class KnownKeys:
         All are compared, in constant time each, whichever it is.
 
         Raises:
-            StorageFault: the keys cannot be read: nobody is let in.
+            Unavailable: the keys were read too long ago.
         """
-        if time.monotonic() - self._read_s > LOOK_EVERY_S:
-            self._known, self._read_s = self._keys.read(), time.monotonic()
+        if time.monotonic() - self._read_s > TRUSTED_S:
+            raise _away("the keys cannot be read in time", TRUSTED_S)
         hashed, found = _hash(secret), None
         for key in self._known:
             if hmac.compare_digest(key.sha256, hashed):
                 found = key
         return found
+
+
+def _away(why: str, retry_after_s: float) -> Unavailable:
+    error = Unavailable(f"{why}; try again")
+    error.retry_after_s = retry_after_s
+    return error
 
 
 def _hash(secret: str) -> str:

@@ -8,18 +8,22 @@ server's (DNS rebinding), and a change of state without a content type that a fo
 No cross-origin header is ever sent.
 """
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from anyio import CapacityLimiter, to_thread
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logitcache.labels.errors import KeyRefused, LogitcacheError, RequestRefused, ScopeTooSmall
 from logitcache.server.http.messages import media_type
 from logitcache.server.http.problems import problem_response
-from logitcache.server.http.record import Record
 from logitcache.server.keys import KeyScope, KnownKeys
+
+READ_S = 5.0
+"""How long a request waits for the keys to be read: a busy machine may take more than a moment."""
 
 OPEN = frozenset({"/healthz", "/readyz"})
 """Paths that need no key: what asks them has none, and is told nothing but that the server is up."""
@@ -93,7 +97,7 @@ class Access:
         Raises:
             RequestRefused: it is for another host, or would change something under a content type that is not ours.
             KeyRefused, ScopeTooSmall: as they say.
-            StorageFault: the keys cannot be read.
+            Unavailable: the keys were read too long ago.
         """
         self._check_host(headers.get(b"host", b"").decode("latin-1"))
         scope = needed(method, path)
@@ -141,6 +145,8 @@ class Guarded:
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
+        self._reading: asyncio.Future[None] | None = None
+        self._reader = CapacityLimiter(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -148,11 +154,26 @@ class Guarded:
             await self._app(scope, receive, send)
             return
         try:
+            await self._look(scope["method"], scope["path"])
             self._access.check(scope["method"], scope["path"], dict(scope["headers"]))
         except LogitcacheError as error:
-            # What it sends is not read: a body may be long, and whoever sends it may not.
-            Record.of(scope).body_refused = scope["method"] not in _READS
             challenge = {"WWW-Authenticate": "Bearer"} if isinstance(error, KeyRefused) else None
             await problem_response(scope, error, challenge)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    async def _look(self, method: str, path: str) -> None:
+        """Have the keys read again, in a thread, where they are needed and old; one that hangs is waited for shortly.
+
+        Raises:
+            Unavailable, StorageFault: as `KnownKeys.read_again`.
+        """
+        keys = self._access.keys
+        if keys is None or not keys.are_old or needed(method, path) is None:
+            return
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(to_thread.run_sync(keys.read_again, limiter=self._reader))
+        reading = self._reading
+        await asyncio.wait({reading}, timeout=READ_S)
+        if reading.done():
+            reading.result()

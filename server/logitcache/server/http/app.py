@@ -8,11 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from logitcache.server.http import openapi
 from logitcache.server.http.access import Access, Guarded
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.job_routes import jobs as job_routes
@@ -31,10 +33,19 @@ READERS = 8
 WRITERS = 4
 """Threads that record at once: one waits for the disk while others check rows."""
 
+PROBES = 2
+"""Threads for `/readyz` and `/metrics`, which are answered while all others are taken."""
+
 SAVE_EVERY_S = 10.0
 """How often is written down what was served: what a crash may lose of it."""
 
 ROUTERS = (batches, label_sets, recording, job_routes, operations)
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The documentation of all routes."""
+        return self.openapi_schema or openapi.completed(super().openapi())
 
 
 def create_app(
@@ -49,10 +60,11 @@ def create_app(
     it closes all of them when it shuts down. Whoever can connect may ask, unless ``access`` says otherwise; how
     much is taken on at once is ``load``'s to say.
     """
-    app = FastAPI(
+    app = _App(
         title="logitcache",
         version=version("logitcache"),
         summary="A teacher's soft labels, precomputed once and served to every training loop.",
+        description=openapi.ABOUT,
         lifespan=_lifespan,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is /metrics
@@ -66,6 +78,7 @@ def create_app(
     app.state.recordings = Recordings(catalog, allowed=record)
     app.state.readers = CapacityLimiter(READERS)
     app.state.writers = CapacityLimiter(WRITERS)
+    app.state.probes = CapacityLimiter(PROBES)
     app.state.load = load or Load()
     app.state.metrics = Metrics(catalog, app.state.load, jobs)
     app.add_middleware(Shortcut)

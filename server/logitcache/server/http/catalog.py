@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from logitcache.labels.errors import LogitcacheError, StorageFault, StoreNotFound, Unavailable
 from logitcache.labels.identity import check_name
@@ -51,6 +52,8 @@ class Catalog:
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Manifest | None, Readable]] = {}
+        self._opening = WeakValueDictionary[str, threading.Lock]()
+        """Of those that are being opened: while one is read, the others are not kept waiting."""
         self._complained: dict[str, str] = {}
         self._names: list[str] = []
         self._looked_at = float("-inf")
@@ -78,9 +81,17 @@ class Catalog:
             names = self._look()
             if name not in names:
                 raise not_found(name, names)
-            if name not in self._open:
-                self._open[name] = (self._manifest(name), self._open_one(name))
-            return self._open[name][1]
+            if name in self._open:
+                return self._open[name][1]
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:
+            with self._lock:
+                if name in self._open:
+                    return self._open[name][1]
+            opened = (self._manifest(name), self._open_one(name))
+            with self._lock:
+                self._open[name] = opened
+            return opened[1]
 
     def at_hand(self, name: str) -> Readable | None:
         """The label set of that name if it is known without looking at the disk; else ask `get`."""

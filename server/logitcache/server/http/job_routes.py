@@ -9,11 +9,17 @@ from starlette.concurrency import run_in_threadpool
 
 from logitcache.labels.errors import NotRegistered, RequestRefused, TooManyRows
 from logitcache.server.http import openapi
+from logitcache.server.http.load import enough_threads
 from logitcache.server.http.messages import JSON, media_type, read_body
 from logitcache.server.jobs.job import JobDetail, JobState, parse_asked
 from logitcache.server.jobs.queue import Jobs
 
-jobs = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=openapi.PROBLEMS)
+jobs = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    responses=openapi.OF_WRITING | openapi.problems(404),
+    dependencies=[Depends(enough_threads)],
+)
 
 MOST_BYTES = 64 << 10
 """A longer request for a job is refused: each unknown field in it would be a complaint of its own."""
@@ -57,12 +63,12 @@ def list_jobs(queue: InQueue) -> Sequence[JobState]:
 
 
 @jobs.get("/{id}")
-def describe_job(id: str, queue: InQueue) -> JobDetail:
+def describe_job(id: openapi.JobId, queue: InQueue) -> JobDetail:
     """How one job stands: its attempts, its progress, digest or error, and the end of its log."""
     return queue.get(id)
 
 
-@jobs.post("/{id}/cancel")
-def cancel_job(id: str, queue: InQueue) -> JobDetail:
+@jobs.post("/{id}/cancel", openapi_extra=openapi.CANCEL_BODY, responses=openapi.problems(415, 507))
+def cancel_job(id: openapi.JobId, queue: InQueue) -> JobDetail:
     """Take a job out of the queue, or stop its process; what is committed is kept. One that has ended stays so."""
     return queue.cancel(id)

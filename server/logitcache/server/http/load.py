@@ -8,7 +8,8 @@ import math
 import threading
 import time
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request
 
 from logitcache.labels.errors import ServerBusy
 from logitcache.server.http.record import Record
@@ -26,6 +27,16 @@ TELL_EVERY_S = 10.0
 """Seconds between two lines in the log about what was refused."""
 
 _log = logger(__name__)
+
+
+async def enough_threads(request: Request) -> None:
+    """What routes depend on that are plain functions, for each of which the framework takes one of its threads.
+
+    Raises:
+        ServerBusy: it would wait for one behind too many others.
+    """
+    load: Load = request.app.state.load
+    load.check_queue(to_thread.current_default_thread_limiter())
 
 
 class Load:

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError, WithJsonSchema
 from starlette.requests import ClientDisconnect, Request
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
-from logitcache.labels.ids import Ids, as_ids
+from logitcache.labels.ids import MAX_TEXT_BYTES, Ids, as_ids
 from logitcache.labels.label_set import OnMissing
 from logitcache.server.complaints import invalid_request
 from logitcache.server.http.load import Load
@@ -59,8 +59,15 @@ class _FirstOnly(FailFast):
     __hash__ = object.__hash__
 
 
+# What `as_ids` refuses, for whoever reads the documentation: told here, it would be checked twice.
+_NUMBER = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT_BYTES}
+_NUMBERS = WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBER})
+_TEXTS = WithJsonSchema({"type": "array", "minItems": 1, "items": _TEXT})
+
 IdList = Annotated[
-    Annotated[list[int], _FirstOnly(), Tag("whole numbers")] | Annotated[list[str], _FirstOnly(), Tag("texts")],
+    Annotated[list[int], _FirstOnly(), Tag("whole numbers"), _NUMBERS]
+    | Annotated[list[str], _FirstOnly(), Tag("texts"), _TEXTS],
     Discriminator(_kind_of_ids),
 ]
 _Rows = Annotated[
@@ -83,7 +90,11 @@ class MissingBody(BaseModel):
         description="Ids of the examples, all whole numbers or all texts; order and duplicates are kept.",
         examples=[[3, 1, 4], ["n0144_17", "train/7"]],
     )
-    digest: str | None = Field(None, description="The generation meant; another label set answers 409 digest-changed.")
+    digest: str | None = Field(
+        None,
+        description="The generation meant; another label set answers 409 digest-changed.",
+        json_schema_extra={"pattern": f"^({_DIGEST.pattern})?$"},
+    )
 
 
 class FetchBody(MissingBody):
@@ -183,27 +194,22 @@ async def read_body(request: Request, kind: str, most: int | None = None) -> byt
     record = Record.of(request.scope)
     headers = dict(request.scope["headers"])
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-        record.body_refused = True
         raise RequestRefused("a compressed body is not unpacked here: send it as it is", status=415)
     declared = headers.get(b"content-length", b"0")
     size = int(declared) if declared.isdigit() else 0
-    if size <= most:
-        load.hold(record, size)
     parts: list[bytes] = []
     more = size <= most
     if more:
-        size = 0
+        size = 0  # what came counts, and not what was promised
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > record.held_bytes:  # chunks, whose number nobody declared
-            load.hold(record, size - record.held_bytes)
+        load.hold(record, len(parts[-1]))
         more = message.get("more_body", False) and size <= most
     if size > most:
-        record.body_refused = True
         raise TooManyRows(
             f"the request's body is longer than the {most >> 20} MiB that are read as {kind}: split the ids over "
             "several requests",

@@ -3,6 +3,7 @@
 Pure ASGI: it sees the response as it is sent, adds headers, and neither buffers nor copies a body.
 """
 
+import asyncio
 import logging
 import os
 import re
@@ -22,6 +23,9 @@ from logitcache.server.logs import REQUEST_ID, logger
 
 CLIENT_GONE = 499
 """Status in log and metrics when the client hung up before it had its answer (nginx's convention; nothing is sent)."""
+
+COME_BACK_S = 1.0
+"""When to ask again for what the end of a server cut off."""
 
 FRAMEWORKS_OWN = frozenset({"/docs", "/openapi.json"})
 """Paths that FastAPI answers by itself, without telling the scope which route took them."""
@@ -75,11 +79,20 @@ def request_id(scope: Scope) -> str:
 
 
 async def _answer(app: ASGIApp, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run the app; an exception that reaches us is logged and answered, unless an answer is half sent already."""
+    """Run the app; an exception that reaches us is logged and answered, unless an answer is half sent already.
+
+    What is cancelled is so because the server ends, and its time to finish is over.
+    """
     try:
         await app(scope, receive, send)
     except ClientDisconnect:
         record.status, record.code = CLIENT_GONE, "client-gone"
+    except asyncio.CancelledError:
+        if record.answering:
+            raise
+        ending = ServerBusy("the server is shutting down, and could not finish this request; come back")
+        ending.retry_after_s = COME_BACK_S
+        await problem_response(scope, ending, {"Connection": "close"})(scope, receive, send)
     except Exception:
         _log.exception("request failed", method=record.method, path=scope["path"])
         if record.answering:

@@ -1,17 +1,32 @@
-"""What OpenAPI cannot read off the routes' signatures: two media types a body, and problems as answers."""
+"""What OpenAPI cannot read off the routes' signatures: two media types a body, keys, and problems as answers.
 
+Of each operation exactly those statuses are told that it can give, besides what is no answer of an operation; see
+`ABOUT`.
+"""
+
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from logitcache.labels import label_set
 from logitcache.labels.problem import MEDIA_TYPE as PROBLEM
 from logitcache.labels.recorded import Stand
 from logitcache.server.http.messages import JSON, SAFETENSORS, FetchBody, MissingBody
+from logitcache.server.jobs.folder import JOB_ID
 from logitcache.server.jobs.job import Asked, JobState
 
 Responses = dict[int | str, dict[str, Any]]
+
+ABOUT = """Every error is a problem (RFC 9457) with a stable `code`. Besides the statuses of each operation, the server
+answers 404 where there is no route, 405 to another method, 400 to what is no HTTP/1.1, 408 to a request that does not
+come in time, and 503 to a connection too many."""
+
+Name = Annotated[str, Path(description="Of a label set.", json_schema_extra={"pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"})]
+
+JobId = Annotated[str, Path(description="Of a job.", json_schema_extra={"pattern": f"^{JOB_ID.pattern}$"})]
 
 
 class Problem(BaseModel):
@@ -103,9 +118,72 @@ class Missing(BaseModel):
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 
-PROBLEMS: Responses = {
-    "default": {"description": "A problem", "content": {PROBLEM: {"schema": Problem.model_json_schema()}}}
+_TOLD: Mapping[int, str] = {
+    400: "The body does not parse.",
+    401: "The server wants a key, and was sent none that it knows.",
+    403: "The key may do less than this, or the server does not record.",
+    404: "Nothing has this name or id, or some ids have no labels: see `code`.",
+    406: "`Accept` allows neither JSON nor safetensors.",
+    409: "What is there is not what is meant, or it is held by another: see `code`.",
+    413: "The body is longer, or the answer would be larger, than one may be.",
+    415: "The body is of another media type, or compressed.",
+    421: "The server does not go by the name in `Host`.",
+    422: "The request says something that cannot be.",
+    500: "What is stored cannot be read, or the server failed: its log has the reason.",
+    503: "Too much is under way, or the store or its keys are away: the same request can succeed later.",
+    507: "No space is left: nothing of this was written.",
 }
+
+_HEADERS: Mapping[int, Mapping[str, Any]] = {
+    401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string", "const": "Bearer"}}},
+    503: {
+        "Retry-After": {
+            "required": True,
+            "description": "Seconds after which to ask again.",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    },
+}
+
+
+def problems(*statuses: int) -> Responses:
+    """The problems under these statuses, as answers."""
+    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": _TOLD[status], "content": content, "headers": _HEADERS.get(status, {})}
+        for status in statuses
+    }
+
+
+OF_READING = problems(401, 421, 500, 503)
+"""Of every route that needs a key: any key may read."""
+
+OF_WRITING = OF_READING | problems(403)
+"""Of every route that needs a key which may do more."""
+
+METRICS_ANSWER = OF_READING | {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
+}
+
+OF_BODIES = problems(400, 413, 415, 422)
+"""Of every route that reads a body."""
+
+
+def completed(api: dict[str, Any]) -> dict[str, Any]:
+    """What the framework made of the routes, with problems, with keys, and without what it adds of its own."""
+    parts = api["components"]
+    parts["schemas"]["Problem"] = Problem.model_json_schema()
+    for unused in ("HTTPValidationError", "ValidationError"):
+        parts["schemas"].pop(unused, None)
+    told = "A key that `logitcache keys make` made; servers may be run without."
+    parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": told}}
+    for operation in (operation for path in api["paths"].values() for operation in path.values()):
+        responses = operation["responses"]
+        if "HTTPValidationError" in str(responses.get("422")):
+            del responses["422"]
+        if "401" in responses:
+            operation["security"] = [{"key": []}]
+    return api
 
 
 def _body(model: type[BaseModel], options: str) -> dict[str, Any]:
@@ -118,22 +196,26 @@ def _body(model: type[BaseModel], options: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "description": told, "content": content}}
 
 
+_DIGEST = {
+    "Logitcache-Digest": {"description": "Digest of the content served, once sealed.", "schema": {"type": "string"}}
+}
+
 FETCH_BODY = _body(FetchBody, "`rows` is an int64 array (ids, 2) there; view, digest and on_missing are its metadata.")
 
-FETCH_ANSWER: Responses = {
+_OF_BATCHES = OF_BODIES | problems(404, 406, 409)
+
+FETCH_ANSWER: Responses = _OF_BATCHES | {
     200: {
         "description": "Soft labels; safetensors or JSON as Accept says, else as the request came.",
         "model": Rows,
         "content": {SAFETENSORS: _BYTES},
-        "headers": {
-            "Logitcache-Digest": {"description": "Digest of the content served.", "schema": {"type": "string"}}
-        },
+        "headers": _DIGEST,
     }
 }
 
 MISSING_BODY = _body(MissingBody, "digest is its metadata.")
 
-MISSING_ANSWER: Responses = {
+MISSING_ANSWER: Responses = _OF_BATCHES | {
     200: {
         "description": "JSON, or safetensors with one uint8 array `state`: 0 labelled, 1 unlabelled, 2 unknown.",
         "model": Missing,
@@ -141,11 +223,11 @@ MISSING_ANSWER: Responses = {
     }
 }
 
-EXAMPLE_ANSWER: Responses = {200: {"model": Example | CausalExample}}
+EXAMPLE_ANSWER: Responses = problems(404, 409, 413, 422) | {200: {"model": Example | CausalExample, "headers": _DIGEST}}
 
 LIST_ANSWER: Responses = {200: {"model": list[Description]}}  # type: ignore[valid-type]
 
-DESCRIPTION_ANSWER: Responses = {200: {"model": Description}}
+DESCRIPTION_ANSWER: Responses = problems(404, 409, 422) | {200: {"model": Description}}
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -155,12 +237,28 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 
 JOB_BODY = json_body(Asked)
 
-_LOCATION = {"Location": {"description": "Where to ask how it stands.", "schema": {"type": "string"}}}
-
-JOB_ANSWER: Responses = {
-    200: {"description": "The same was asked for before: this is that job.", "model": JobState, "headers": _LOCATION},
-    202: {"description": "Queued.", "model": JobState, "headers": _LOCATION},
+CANCEL_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Anything, as JSON: that it is said to be is what a form on somebody's page cannot do.",
+        "content": {JSON: {"schema": {}}},
+    }
 }
+
+_LOCATION = {"Location": {"required": True, "description": "Where to ask how it stands.", "schema": {"type": "string"}}}
+
+JOB_ANSWER: Responses = (
+    OF_BODIES
+    | problems(507)
+    | {
+        200: {
+            "description": "The same was asked for before: this is that job.",
+            "model": JobState,
+            "headers": _LOCATION,
+        },
+        202: {"description": "Queued.", "model": JobState, "headers": _LOCATION},
+    }
+)
 
 
 class Recorded(BaseModel):
@@ -178,6 +276,8 @@ RECORD_BODY: dict[str, Any] = {
     }
 }
 
-RECORD_ANSWER: Responses = {200: {"model": Recorded}}
+_OF_RECORDING = OF_BODIES | problems(404, 409, 507)
 
-STAND_ANSWER: Responses = {200: {"model": Stand}}
+RECORD_ANSWER: Responses = _OF_RECORDING | {200: {"model": Recorded}}
+
+STAND_ANSWER: Responses = _OF_RECORDING | {200: {"model": Stand}}

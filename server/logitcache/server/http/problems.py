@@ -20,11 +20,15 @@ from logitcache.labels.errors import (
     RequestRefused,
     RowsMissing,
     ServerFault,
-    StorageFault,
-    Unavailable,
 )
 from logitcache.server.complaints import invalid_request
 from logitcache.server.http.record import Record
+
+IDS = frozenset({"ids", "unknown", "unlabelled"})
+"""Members of problems that name examples."""
+
+RETRY_AFTER_S = 5.0
+"""When to ask again after an error that can pass and says no time of its own."""
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -52,23 +56,26 @@ def problem_response(scope: Scope, error: LogitcacheError, headers: Mapping[str,
     record.code, record.detail = error.code, error.message[:1000]
     if isinstance(error, RowsMissing):
         record.misses = len(error.ids)
+    if error.status == 503 and error.retry_after_s is None:
+        error.retry_after_s = RETRY_AFTER_S
     content = problem.to_problem(error, record.request_id)
-    if isinstance(error, StorageFault | Unavailable):
-        content = _within(content, scope["app"].state.catalog.store)
+    content = _within(content, scope["app"].state.catalog.store)
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    if record.body_refused:
-        headers["Connection"] = "close"
     return JSONResponse(content, content["status"], headers, media_type=problem.MEDIA_TYPE)
 
 
 def _within(told: Any, store: Path) -> Any:
-    """The same without where the store is."""
+    """The same without where the store is; ids of examples as they are, though they be paths."""
     if isinstance(told, str):
-        return told.replace(str(store), store.name)
+        for folder in (store, store.parent):
+            told = told.replace(str(folder), folder.name) if folder.name else told
+        return told
+    if isinstance(told, list):
+        return [_within(value, store) for value in told]
     if isinstance(told, dict):
-        return {name: _within(value, store) for name, value in told.items()}
+        return {name: value if name in IDS else _within(value, store) for name, value in told.items()}
     return told
 
 

@@ -9,6 +9,7 @@ import resource
 import uuid
 from asyncio import BaseTransport
 from functools import lru_cache
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -17,9 +18,14 @@ from logitcache.labels.errors import LogitcacheError, RequestRefused, ServerBusy
 from logitcache.server import logs
 from logitcache.server.http.access import HEADERS
 from logitcache.server.http.load import Load
+from logitcache.server.http.metrics import Metrics
+from logitcache.server.http.record import Record
 
 MAX_HEAD_BYTES = 64 << 10
 """Bytes that a request's first line and headers may have together."""
+
+MAX_HEADERS = 100
+"""Headers and trailers that a request may have: each takes a hundred bytes and more, however short it is."""
 
 SWEEP_S = 5.0
 """How often connections are looked at."""
@@ -54,6 +60,8 @@ class ProblemProtocol(HttpToolsProtocol):
 
     _head_bytes = 0
     _received = 0
+    _given = 0
+    """Bytes of answers that were given to be sent; of these, some are not taken yet."""
     _unsent = 0
     _mark: tuple[float, str, int] | None = None
     """Since when this connection is waited for, in what, and how many bytes it had moved then."""
@@ -81,8 +89,35 @@ class ProblemProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._count_unsent(0)
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Answer a request. Where that comes before all of its body, the connection is closed behind the answer: to
+        find the next request, the rest of the body would have to be read for nothing, however long it is.
+        """
+
+        async def watched(scope: Any, receive: Any, send: Any) -> None:
+            async def sent(message: Any) -> None:
+                if message["type"] == "http.response.start" and cycle.more_body:
+                    cycle.keep_alive = False
+                await send(message)
+                self._given += len(message.get("body", b""))
+
+            await app(scope, receive, sent)
+
+        super()._start_asgi_task(cycle, watched)
+
+    def on_response_complete(self) -> None:
+        """An answer was given; what was asked is not kept while the connection waits for the next request."""
+        if self.cycle.response_complete and self.scope is self.cycle.scope:
+            self.scope = self.cycle.scope = {}  # type: ignore[typeddict-item]
+            self.headers = []
+        super().on_response_complete()
+
+    def _of_app(self, name: str) -> Any:
+        """What the application keeps under this name; None where it is not ours."""
+        return getattr(getattr(self.config.app, "state", None), name, None)
+
     def _count_unsent(self, count: int) -> None:
-        load: Load | None = getattr(getattr(self.config.app, "state", None), "load", None)
+        load: Load | None = self._of_app("load")
         if load is not None and count != self._unsent:
             load.add(count - self._unsent)
             self._unsent = count
@@ -105,8 +140,8 @@ class ProblemProtocol(HttpToolsProtocol):
     def _waited_for(self) -> tuple[str | None, int, float]:
         """What the peer is waited for in, if it is: how many bytes of it have moved, and how long it may take."""
         cycle = self.cycle
-        if self.flow.write_paused:
-            return "taking an answer", -self.transport.get_write_buffer_size(), SLOW_S
+        if unsent := self.transport.get_write_buffer_size():
+            return "taking an answer", self._given - unsent, SLOW_S
         if cycle is not None and not cycle.response_complete:
             # While nobody reads its body, the peer is not to blame.
             waits = cycle.more_body and not self.flow.read_paused
@@ -122,6 +157,16 @@ class ProblemProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"its first line and headers are longer than {MAX_HEAD_BYTES:,} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or a trailer.
+
+        Raises:
+            ValueError: there are too many; the parser makes a refusal of it.
+        """
+        if len(self.headers) >= MAX_HEADERS:
+            raise ValueError(f"it has more than {MAX_HEADERS} headers")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin to answer.
@@ -170,6 +215,9 @@ class ProblemProtocol(HttpToolsProtocol):
         request_id = uuid.uuid4().hex
         body = json.dumps(problem.to_problem(error, request_id)).encode()
         _log.info("request refused", request_id=request_id, status=int(status[:3]), code=error.code, why=why)
+        metrics: Metrics | None = self._of_app("metrics")
+        if metrics is not None:
+            metrics.observe(Record(request_id, "", status=int(status[:3]), code=error.code))
         head = (
             f"HTTP/1.1 {status}\r\ncontent-type: {problem.MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
             f"x-request-id: {request_id}\r\nconnection: close\r\n{headers}"

@@ -21,10 +21,9 @@ class Record:
     """One request.
 
     ``rows`` and ``label_set`` are set by routes, and ``tally`` by those that fetch; ``misses``, ids without labels, by
-    them or by the error; ``code`` and ``detail`` by the answer to an error, ``answering`` once the response has begun,
-    ``body_refused`` when the rest of the request's body will not be read. ``held_bytes`` are those that it counts for
-    in the server's load. ``seconds`` end when the answer was sent, ``ready_s`` when the last of it was given to be
-    sent.
+    them or by the error; ``code`` and ``detail`` by the answer to an error, ``answering`` once the response has begun.
+    ``held_bytes`` are those that it counts for in the server's load. ``seconds`` end when the answer was sent,
+    ``ready_s`` when the last of it was given to be sent.
     """
 
     request_id: str
@@ -41,7 +40,6 @@ class Record:
     code: str | None = None
     detail: str | None = None
     answering: bool = False
-    body_refused: bool = False
     held_bytes: int = 0
 
     @classmethod

@@ -1,7 +1,8 @@
 """The routes by which a run records: it begins, sends rows, and finishes. Each a few lines over `recordings`."""
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
@@ -11,11 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from logitcache.labels.errors import InvalidRequest, RequestRefused
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who
 from logitcache.server.http import openapi
+from logitcache.server.http.id_lists import without_ids
 from logitcache.server.http.messages import JSON, SAFETENSORS, IdList, media_type, parse_json, read_body
 from logitcache.server.http.record import Record
 from logitcache.server.http.recordings import Recordings
 
-recording = APIRouter(prefix="/v1/label-sets", tags=["recording"], responses=openapi.PROBLEMS)
+recording = APIRouter(prefix="/v1/label-sets", tags=["recording"], responses=openapi.OF_WRITING)
+
+Done = TypeVar("Done")
 
 MOST_BYTES = 64 << 20
 """A longer body is not read: rows of a sequence of 100,000 tokens are less, and so are a million ids of 64 bytes."""
@@ -60,23 +64,24 @@ InRecordings = Annotated[Recordings, Depends(_recordings)]
 
 
 @recording.put("/{name}/recording", openapi_extra=openapi.json_body(BeginBody), responses=openapi.STAND_ANSWER)
-async def begin_recording(name: str, recordings: InRecordings, request: Request) -> JSONResponse:
+async def begin_recording(name: openapi.Name, recordings: InRecordings, request: Request) -> JSONResponse:
     """Begin to record a label set, or go on. Begun with something else before, it is refused."""
     body = await _body(request, name, JSON, MOST_BYTES)
 
     def begin() -> Stand:
-        asked = parse_json(BeginBody, body)
+        rest, ids = without_ids(body)
+        asked = parse_json(BeginBody, rest)
         try:
             terms = RecordingTerms.from_json(asked.terms)
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequest(f"terms: {error}") from None
-        return recordings.begin(name, terms, asked.who(), asked.ids, asked.like)
+        return recordings.begin(name, terms, asked.who(), asked.ids if ids is None else ids, asked.like)
 
-    return _told(await _written(request, begin))
+    return _told(await _written(request, name, begin))
 
 
 @recording.post("/{name}/record", openapi_extra=openapi.RECORD_BODY, responses=openapi.RECORD_ANSWER)
-async def record_rows(name: str, recordings: InRecordings, request: Request) -> JSONResponse:
+async def record_rows(name: openapi.Name, recordings: InRecordings, request: Request) -> JSONResponse:
     """Rows that a run recorded: durable when this is answered, and served from then on."""
     body = await _body(request, name, SAFETENSORS, MOST_BYTES)
 
@@ -85,11 +90,11 @@ async def record_rows(name: str, recordings: InRecordings, request: Request) -> 
         recordings.append(name, rows, who)
         return len(rows.soft)
 
-    return JSONResponse({"rows": await _written(request, append)})
+    return JSONResponse({"rows": await _written(request, name, append)})
 
 
 @recording.post("/{name}/recording/finish", openapi_extra=openapi.json_body(FinishBody), responses=openapi.STAND_ANSWER)
-async def finish_recording(name: str, recordings: InRecordings, request: Request) -> JSONResponse:
+async def finish_recording(name: openapi.Name, recordings: InRecordings, request: Request) -> JSONResponse:
     """A recorder has finished. When all have and no example lacks rows, the label set is sealed behind this: ask again
     until `digest` is there."""
     body = await _body(request, name, JSON)
@@ -98,22 +103,25 @@ async def finish_recording(name: str, recordings: InRecordings, request: Request
         asked = parse_json(FinishBody, body)
         return recordings.finish(name, asked.who(), part=asked.part)
 
-    return _told(await _written(request, finish))
+    return _told(await _written(request, name, finish))
 
 
 async def _body(request: Request, name: str, kind: str, most: int | None = None) -> bytes:
+    """The body of a request that may be answered at all."""
     sent = media_type(dict(request.scope["headers"]).get(b"content-type"))
     if sent != kind:
         raise RequestRefused(f"a body of type {sent} is not understood here: send {kind}", status=415, offered=[kind])
-    body = await read_body(request, kind, most)
-    Record.of(request.scope).label_set = name
-    return body
+    recordings: Recordings = request.app.state.recordings
+    recordings.check(name)
+    return await read_body(request, kind, most)
 
 
-async def _written(request: Request, work: Any) -> Any:
+async def _written(request: Request, name: str, work: Callable[[], Done]) -> Done:
     state = request.app.state
     state.load.check_queue(state.writers)
-    return await to_thread.run_sync(work, limiter=state.writers)
+    done = await to_thread.run_sync(work, limiter=state.writers)
+    Record.of(request.scope).label_set = name  # not before it is known to be one
+    return done
 
 
 def _told(stand: Stand) -> JSONResponse:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from logitcache.labels.errors import InvalidRequest, LogitcacheError, RequestRefused, Unavailable
 from logitcache.labels.identity import check_name
@@ -28,6 +29,8 @@ class Recordings:
         self._catalog, self._store, self._allowed = catalog, catalog.store, allowed
         self._lock = threading.Lock()
         self._open: dict[str, Recording] = {}
+        self._opening = WeakValueDictionary[str, threading.Lock]()
+        """Of those that are being opened: while the log of one is read, the others are not kept waiting."""
         self._sealings: dict[str, Future[None]] = {}
         self._threads, self._stopping = ThreadPoolExecutor(1, "seal"), threading.Event()
 
@@ -38,34 +41,27 @@ class Recordings:
             RequestRefused: this server does not record.
             LogitcacheError: as `storage.recording.Recording` and its ``begin``.
         """
-        self._check(name)
+        self.check(name)
         known: Ids | None = None if ids is None else as_ids(ids)
         if like is not None:
             if known is not None:
                 raise InvalidRequest("ids and like both say what the examples are: give one of them")
             known = self._catalog.get(like).example_ids()
-        with self._lock:
-            if (label_set := self._open.get(name)) is not None and not label_set.is_removed:
-                label_set.check_terms(terms, known)
-            else:
-                self._forget(name)
-                self._open[name] = Recording(self._path(name), terms, known)
-                _log.info("recording begun", label_set=name, run=terms.identity.teacher.name)
-            recording = self._open[name]
+        recording = self._opened(name, terms, known)
         self._catalog.look_again()
         recording.begin(who)
         return recording.stand()
 
     def append(self, name: str, rows: RecordedRows, who: Who) -> None:
         """Make rows durable; errors as of `Recording.append`."""
-        self._check(name)
-        self._get(name).append(rows, who)
+        self.check(name)
+        self._opened(name).append(rows, who)
 
     def finish(self, name: str, who: Who, *, part: bool) -> Stand:
         """A recorder has finished. When all have, and every example has rows or ``part`` is said, it is sealed behind
         this; ask again to learn of the digest, or of the error.
         """
-        self._check(name)
+        self.check(name)
         with self._lock:
             under_way = self._sealings.get(name)
             if under_way is not None and under_way.done():
@@ -77,7 +73,7 @@ class Recordings:
         if not Places(self._path(name)).recording.exists():
             described = self._catalog.get(name).describe()
             return Stand(described.examples, described.labelled, described.rows, digest=described.digest)
-        recording = self._get(name)
+        recording = self._opened(name)
         recording.finish(who)
         stand = recording.stand()
         all_finished = len(stand.finished) == recording.terms.recorders
@@ -112,7 +108,13 @@ class Recordings:
             for name in list(self._open):
                 self._forget(name)
 
-    def _check(self, name: str) -> None:
+    def check(self, name: str) -> None:
+        """Refuse what could not be recorded whatever it is.
+
+        Raises:
+            InvalidName: no label set can have this name.
+            RequestRefused: this server does not record.
+        """
         check_name(name)
         if not self._allowed:
             raise RequestRefused(
@@ -121,13 +123,30 @@ class Recordings:
                 status=403,
             )
 
-    def _get(self, name: str) -> Recording:
+    def _opened(self, name: str, terms: RecordingTerms | None = None, ids: Ids | None = None) -> Recording:
+        """The recording of that name, opened if it was not or is of no use any more; ``terms`` begin it, or are
+        checked.
+        """
         with self._lock:
-            found = self._open.get(name)
-            if found is None or found.is_removed:
-                self._forget(name)
-                found = self._open[name] = Recording(self._path(name))
-            return found
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:
+            with self._lock:
+                found = self._open.get(name)
+                if found is not None and (found.is_removed or found.is_broken):
+                    self._forget(name)
+                    found = None
+            if found is not None:
+                if terms is not None:
+                    found.check_terms(terms, ids)
+                return found
+            found = Recording(self._path(name), terms, ids)
+            with self._lock:
+                self._open[name] = found
+                if self._stopping.is_set():  # too late for `close`
+                    self._forget(name)
+        if terms is not None:
+            _log.info("recording begun", label_set=name, run=terms.identity.teacher.name)
+        return found
 
     def _path(self, name: str) -> Path:
         return self._store / name

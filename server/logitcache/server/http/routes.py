@@ -4,7 +4,8 @@ What touches a disk runs in a worker thread; ``/healthz`` does not, so it stays 
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from anyio import to_thread
@@ -16,12 +17,12 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logitcache.labels import wire
-from logitcache.labels.errors import InvalidIds, LogitcacheError, Unavailable
+from logitcache.labels.errors import InvalidIds, InvalidRequest, LogitcacheError, Unavailable
 from logitcache.labels.label_set import UNKNOWN, UNLABELLED, Limits
 from logitcache.labels.soft_labels import SoftLabels
 from logitcache.server.http import openapi
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.load import Load
+from logitcache.server.http.load import Load, enough_threads
 from logitcache.server.http.messages import (
     JSON,
     SAFETENSORS,
@@ -37,15 +38,17 @@ from logitcache.server.http.metrics import Metrics
 from logitcache.server.http.problems import problem_response
 from logitcache.server.http.record import Record
 from logitcache.server.http.rows_json import (
-    MAX_JSON_ROWS,
     example_to_json,
     fetch_rows,
+    most_rows,
     parse_id,
     parse_rows,
     rows_to_json,
 )
 from logitcache.server.wording import counted
 from logitcache.storage import Readable
+
+Found = TypeVar("Found")
 
 DIGEST_HEADER = "Logitcache-Digest"
 
@@ -110,10 +113,10 @@ class Shortcut:
         await self._app(scope, receive, send)
 
 
-_label_sets: Any = {"prefix": "/v1/label-sets", "tags": ["label sets"], "responses": openapi.PROBLEMS}
+_label_sets: Any = {"prefix": "/v1/label-sets", "tags": ["label sets"], "responses": openapi.OF_READING}
 batches = APIRouter(**_label_sets, route_class=_Direct)
-label_sets = APIRouter(**_label_sets)
-operations = APIRouter(tags=["operations"])
+label_sets = APIRouter(**_label_sets, dependencies=[Depends(enough_threads)])
+operations = APIRouter(tags=["operations"], responses=openapi.problems(421))
 
 
 async def _catalog(request: Request) -> Catalog:
@@ -130,13 +133,13 @@ InCatalog = Annotated[Catalog, Depends(_catalog)]
 
 
 @batches.post("/{name}/fetch", openapi_extra=openapi.FETCH_BODY, responses=openapi.FETCH_ANSWER)
-async def fetch_batch(request: Request, name: str) -> Response:
+async def fetch_batch(request: Request, name: openapi.Name) -> Response:
     """Soft labels of a batch of examples, in the order asked for."""
     return await _answered(parse_fetch, _fetch, request, name)
 
 
 @batches.post("/{name}/missing", openapi_extra=openapi.MISSING_BODY, responses=openapi.MISSING_ANSWER)
-async def find_missing(request: Request, name: str) -> Response:
+async def find_missing(request: Request, name: openapi.Name) -> Response:
     """Which of these examples have no labels."""
     return await _answered(parse_missing, _missing, request, name)
 
@@ -148,7 +151,7 @@ def list_label_sets(catalog: InCatalog) -> JSONResponse:
 
 
 @label_sets.get("/{name}", responses=openapi.DESCRIPTION_ANSWER)
-def describe_label_set(name: str, catalog: InCatalog, request: Request) -> JSONResponse:
+def describe_label_set(name: openapi.Name, catalog: InCatalog, request: Request) -> JSONResponse:
     """Identity, progress, generations, statistics, digest and limits of one label set."""
     label_set = catalog.get(name)
     Record.of(request.scope).label_set = name
@@ -220,9 +223,8 @@ def _most_bytes(label_set: Readable, ids: int, wanted: str) -> int:
     """
     spec = label_set.row_spec
     if wanted == JSON:
-        return JSON_BYTES * spec.nbytes(
-            MAX_JSON_ROWS if spec.ragged else min(ids, MAX_JSON_ROWS), min(ids, MAX_JSON_ROWS)
-        )
+        most = most_rows(spec)
+        return JSON_BYTES * spec.nbytes(most if spec.ragged else min(ids, most), min(ids, most))
     return 0 if spec.ragged else min(Limits().response_bytes, spec.nbytes(ids, ids))
 
 
@@ -232,7 +234,7 @@ def _digest(digest: str | None) -> dict[str, str]:
 
 @label_sets.get("/{name}/examples/{id:anything}", responses=openapi.EXAMPLE_ANSWER)
 def fetch_example(
-    name: str, id: str, catalog: InCatalog, request: Request, view: int = 0, rows: str | None = None
+    name: openapi.Name, id: str, catalog: InCatalog, request: Request, view: int = 0, rows: str | None = None
 ) -> JSONResponse:
     """One example for a person to read, with the probabilities of the stored classes.
 
@@ -242,7 +244,11 @@ def fetch_example(
     label_set = catalog.get(name)
     record.label_set, record.tally = name, label_set.tally
     _check_encoding(request)
+    if unknown := sorted(set(request.query_params) - {"view", "rows"}):
+        raise InvalidRequest(f"an example has no option {unknown[0][:40]!r}; it has view and rows")
     wanted = parse_id(id, label_set.identity.ids)
+    load: Load = request.app.state.load
+    load.hold(record, _most_bytes(label_set, 1, JSON))
     soft = fetch_rows(label_set, [wanted], view=view, rows=parse_rows(rows))
     record.rows = len(soft)
     return JSONResponse(example_to_json(wanted, soft), headers=_digest(soft.digest))
@@ -262,11 +268,11 @@ async def healthz() -> str:
     return "ok\n"
 
 
-@operations.get("/readyz", response_class=PlainTextResponse, responses=openapi.PROBLEMS)
-def readyz(catalog: InCatalog) -> str:
+@operations.get("/readyz", response_class=PlainTextResponse, responses=openapi.problems(503))
+async def readyz(catalog: InCatalog, request: Request) -> str:
     """The store can be listed, so fetches can be answered."""
     try:
-        names = catalog.names()
+        names = await _probed(request, catalog.names)
     except LogitcacheError as error:
         raise _not_ready(error) from None
     return f"ready: {counted(len(names), 'label set')}\n"
@@ -278,7 +284,15 @@ def _not_ready(error: LogitcacheError) -> Unavailable:
     return unavailable
 
 
-@operations.get("/metrics", response_class=Response)
-def metrics(kept: Annotated[Metrics, Depends(_metrics)]) -> Response:
+@operations.get("/metrics", response_class=Response, responses=openapi.METRICS_ANSWER)
+async def metrics(kept: Annotated[Metrics, Depends(_metrics)], request: Request) -> Response:
     """Counters and gauges in Prometheus' text format."""
-    return Response(generate_latest(kept.registry), media_type=CONTENT_TYPE_LATEST)
+    told = await _probed(request, partial(generate_latest, kept.registry))
+    return Response(told, media_type=CONTENT_TYPE_LATEST)
+
+
+async def _probed(request: Request, look: Callable[[], Found]) -> Found:
+    """What a probe finds, in one of the threads that are for probes alone: they tell how a busy server stands, too."""
+    state = request.app.state
+    state.load.check_queue(state.probes)
+    return await to_thread.run_sync(look, limiter=state.probes)

@@ -13,12 +13,15 @@ import numpy as np
 from logitcache.labels.errors import InvalidIds, InvalidRequest, TooManyRows
 from logitcache.labels.ids import IdKind, as_ids
 from logitcache.labels.label_set import Limits
-from logitcache.labels.soft_labels import SoftLabels
+from logitcache.labels.soft_labels import RowSpec, SoftLabels
 from logitcache.storage import Readable
 
 MAX_JSON_ROWS = 1024
 """Most examples, and most rows, of one JSON answer: text takes some eight times the bytes, and is made a number at a
 time."""
+
+MAX_JSON_LOGITS = 1 << 18
+"""Logits of one JSON answer: as many take a quarter of a second, during which nothing else runs."""
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,30}")
 _RANGE = re.compile(r"([0-9]{1,18}):([0-9]{1,18})")
@@ -28,26 +31,30 @@ def fetch_rows(label_set: Readable, ids: Any, **options: Any) -> SoftLabels:
     """Rows that one JSON answer can hold; more are refused before they are gathered.
 
     Raises:
-        TooManyRows: above `MAX_JSON_ROWS`.
+        TooManyRows: above `most_rows`.
     """
-    ids = as_ids(ids)
-    _check_size(len(ids), "ids")
-    spec = label_set.row_spec
-    limits = Limits(MAX_JSON_ROWS, spec.nbytes(MAX_JSON_ROWS, len(ids)))
+    ids, spec = as_ids(ids), label_set.row_spec
+    most = most_rows(spec)
+    _check_size(len(ids), "ids", most)
     try:
-        return label_set.fetch(ids, limits=limits, **options)
+        return label_set.fetch(ids, limits=Limits(most, spec.nbytes(most, len(ids))), **options)
     except TooManyRows as error:
-        _check_size(error.details.get("rows", 0), "rows")
+        _check_size(error.details.get("rows", 0), "rows", most)
         raise
 
 
-def _check_size(count: int, noun: str) -> None:
-    if count > MAX_JSON_ROWS:
+def most_rows(spec: RowSpec) -> int:
+    """Rows that one JSON answer can hold: `MAX_JSON_ROWS`, fewer where they have many logits, and one however many."""
+    return max(1, min(MAX_JSON_ROWS, MAX_JSON_LOGITS // spec.k))
+
+
+def _check_size(count: int, noun: str, most: int) -> None:
+    if count > most:
         raise TooManyRows(
-            f"{count:,} {noun} are too many for one JSON answer, which may hold {MAX_JSON_ROWS:,}: split the ids, ask "
-            "for fewer rows of each where they have many, or for safetensors with "
+            f"{count:,} {noun} are too many for one JSON answer, which may hold {most:,} of this label set: split the "
+            "ids, ask for fewer rows of each where they have many, or for safetensors with "
             f"`Accept: application/vnd.safetensors`",
-            limit=MAX_JSON_ROWS,
+            limit=most,
             rows=count,
         )
 

@@ -20,12 +20,13 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from logitcache.labels.errors import StorageFault
 from logitcache.server.jobs.job import Job, Outcome, Progress
 from logitcache.server.jobs.recording import OUTCOME, PROGRESS, is_alive, write_json
 from logitcache.server.logs import logger
 from logitcache.server.under_way import NAME as UNDER_WAY
 from logitcache.server.under_way import last_under_way
-from logitcache.storage.files import Files
+from logitcache.storage.files import Files, explained
 
 FOLDER = ".jobs"
 """In the store; no label set can have this name."""
@@ -87,16 +88,27 @@ class JobFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def read(self) -> Job | None:
-        """The job; None where a crash left a folder without one, or a file that no server of this version wrote."""
+        """The job; None where a crash left a folder without one, or a file that no server of this version wrote.
+
+        Raises:
+            StorageFault: it cannot be read, which says nothing of what it is.
+        """
         job = _read(self.path / JOB, Job)
         return job if job is not None and job.id == self.path.name else None
 
     def progress(self) -> Progress | None:
-        """How far its process is, or was at its end."""
-        return _read(self.path / PROGRESS, Progress)
+        """How far its process is, or was at its end; None where that cannot be read."""
+        try:
+            return _read(self.path / PROGRESS, Progress)
+        except StorageFault:
+            return None
 
     def outcome(self) -> Outcome | None:
-        """How its process ended; None if it could not say."""
+        """How its process ended; None if it could not say.
+
+        Raises:
+            StorageFault: it cannot be read.
+        """
         return _read(self.path / OUTCOME, Outcome)
 
     def under_way(self) -> str:
@@ -125,11 +137,16 @@ class JobFolder:
 
 
 def read_jobs(jobs: Path) -> Iterator[Job]:
-    """Every job of a store, in no order."""
-    try:
-        names = [name for name in os.listdir(jobs) if JOB_ID.fullmatch(name)]  # noqa: PTH208
-    except OSError:
-        return
+    """Every job of a store, in no order.
+
+    Raises:
+        StorageFault: one of them cannot be read.
+    """
+    with explained(jobs):
+        try:
+            names = [name for name in os.listdir(jobs) if JOB_ID.fullmatch(name)]  # noqa: PTH208
+        except FileNotFoundError:
+            return
     for name in names:
         job = JobFolder(jobs, name).read()
         if job is not None:
@@ -137,10 +154,13 @@ def read_jobs(jobs: Path) -> Iterator[Job]:
 
 
 def _read(path: Path, kind: type[Model]) -> Model | None:
+    with explained(path):
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
         _log.warning("job file cannot be read", path=str(path), why=str(error)[:500])
         return None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
+from errno import EAGAIN, EMFILE, ENFILE, ENOMEM
 from functools import partial
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -48,6 +49,9 @@ LOOK_S = 0.5
 
 TROUBLE_S = 5.0
 """When to try again after the disk refused to write a job down."""
+
+PASSING = frozenset({EAGAIN, EMFILE, ENFILE, ENOMEM})
+"""What the system has too few of at this moment for a process to begin: the job waits until there is room."""
 
 GRACE_S = 20.0
 """How long a cancelled process may take to end by itself."""
@@ -246,7 +250,12 @@ class Jobs:
                 self._changed.wait(self._step())
 
     def _step(self) -> float:
-        """Move every job on as far as it goes now; seconds until there may be more to do."""
+        """Move every job on as far as it goes now; seconds until there may be more to do, whatever happened."""
+        pauses = [TROUBLE_S]
+        self._tried(lambda: pauses.append(self._move_on()))
+        return pauses[-1]
+
+    def _move_on(self) -> float:
         self._troubled = not self._tried(self._take_over)
         if self._troubled:
             return TROUBLE_S
@@ -330,6 +339,8 @@ class Jobs:
             self._save(job.over("failed", error=JobError(code=error.code, message=error.message)), "job cannot begin")
             return
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             refused = JobError(code="server-fault", message=f"its process could not begin: {error.strerror}")
             self._save(job.over("failed", error=refused), "job cannot begin")
             return
