@@ -221,14 +221,18 @@ def test_a_power_cut_at_every_moment_of_every_write_path_tears_and_loses_nothing
 
 
 def taken_up(path: WritePath, tmp_path: Path, every: int) -> tuple[int, int]:
-    """Kill it at every so manieth operation, go on, cut the power at the end: how many kills, how many states."""
+    """Kill it at every so manieth operation, go on, cut the power: how many kills, how many states.
+
+    The power is cut at the end, and after a kill between a write and its sync at moments before that, too.
+    """
     done, states = operations_of(path, tmp_path / "root"), 0
     kills = [(number, False) for number in range(1, len(done), every)]
     kills += [(number, True) for number, (operation, _) in enumerate(done) if operation in ("append", "cut", "erase")]
     for number, within in kills:
         cuts = Cuts(path)
         try:
-            cuts.run(tmp_path / "root", subsets=0, every=10**9, dies_at=number, within=within)
+            looks = max(4, every // 2) if within else 10**9
+            cuts.run(tmp_path / "root", subsets=0, every=looks, dies_at=number, within=within)
             states += cuts.check(tmp_path / "cut")
         except BaseException as error:
             error.add_note(f"killed {'within' if within else 'before'} operation {number} of {len(done)}")

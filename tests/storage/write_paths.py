@@ -30,6 +30,7 @@ from logitcache.storage.files import Files
 from logitcache.storage.lock import WriterLock
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
+from logitcache.storage.recorded import Recorded as RecordedRows
 from logitcache.storage.served import ServedTally
 from logitcache.storage.writer import LabelSetWriter
 
@@ -358,6 +359,10 @@ class Recorded(WritePath):
         if not Places(path).group.exists() and not Places(path).recording.exists():
             assert not told.durable, "a recording that was begun is gone"
             return
+        if Places(path).recording.exists() and list(Places(path).commits.glob("*.json")):
+            with closing(RecordedRows(path)) as recorded:
+                recorded.follow()
+                assert recorded.sealing is not None, "rows may be recorded that the shards there will not have"
         with closing(open_label_set(path, verify="background")) as reader:
             acknowledged = {place for number in told.durable for place in self.batches[number].tolist()}
             for place in self.source.places.tolist():
