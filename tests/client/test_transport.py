@@ -1,29 +1,22 @@
 """How bytes travel: what a connection may do between a request and its answer, right, wrong and late."""
 
-import functools
 import gc
 import itertools
-import logging
-import shlex
 import socket
 import ssl
-import subprocess
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.client.raw_server import Connection, RawServer, always, answering
+from tests.client.answers import BODY, PLAIN, Serve, assert_late, http, names
+from tests.client.raw_server import Connection, always, answering
 
-from logitcache.client import HttpLabelSet, connecting
 from logitcache.client import transport as transports
-from logitcache.client.connecting import AnswerLate, ConnectFailed, HostUnknown, ServerUntrusted
+from logitcache.client.connecting import AnswerLate
 from logitcache.client.deadline import Deadline
 from logitcache.client.transport import (
     MAX_TEXT_BYTES,
@@ -33,18 +26,7 @@ from logitcache.client.transport import (
     ConnectionBroke,
     DirectTransport,
 )
-from logitcache.labels.errors import HostNotFound, InvalidRequest, MalformedMessage, ServerUnreachable, UntrustedServer
 
-Serve = Callable[..., RawServer]
-
-BODY = b"0123456789" * 2
-
-
-def http(*lines: str, body: bytes = b"", status: str = "200 OK", version: str = "HTTP/1.1") -> bytes:
-    return "\r\n".join((f"{version} {status}", *lines, "\r\n")).encode("latin-1") + body
-
-
-PLAIN = http("Content-Type: a/b", f"Content-Length: {len(BODY)}", body=BODY)
 CHUNKED = http(
     "Content-Type: a/b",
     "Transfer-Encoding: chunked",
@@ -91,18 +73,6 @@ CLOSED = UNTIL_THE_END | {
     "some lines that end without CR": PLAIN.replace(b"\r\nContent-Length", b"\nContent-Length"),
     "a length with zeros": http(f"Content-Length: {len(BODY):020}", body=BODY),
 }
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    with ExitStack() as stack:
-
-        def start(*arguments: Any, **options: Any) -> RawServer:
-            server = RawServer(*arguments, **options)
-            stack.callback(server.stop)
-            return server
-
-        yield start
 
 
 @pytest.mark.parametrize("name", [*KEPT, *CLOSED])
@@ -391,14 +361,6 @@ def test_a_trickle_ends_at_the_deadline(serve: Serve, begun: bytes, piece: bytes
     assert_late(lambda: serve(script).exchange(deadline=Deadline(0.2)))
 
 
-def assert_late(attempt: Callable[[], Any], timeout_s: float = 0.2) -> AnswerLate:
-    began = time.monotonic()
-    with pytest.raises(AnswerLate) as told:
-        attempt()
-    assert timeout_s <= time.monotonic() - began < timeout_s + 1.0
-    return told.value
-
-
 class Settable(Deadline):
     """A deadline that is over when a test says so."""
 
@@ -438,326 +400,6 @@ def test_a_connection_whose_answer_is_late_is_hung_up_at_once_and_not_used_again
         server.exchange(deadline=Deadline(0.05))
     assert hung_up.wait(20), held
     assert bytes(server.exchange().body) == b"1"
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of localhost that signed itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -keyout key"
-    names = "-out certificate -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    subprocess.run(shlex.split(f"{command} {names}"), cwd=folder, check=True, capture_output=True)
-    both = folder / "both"
-    both.write_text((folder / "certificate").read_text() + (folder / "key").read_text())
-    return both
-
-
-@pytest.fixture
-def serve_tls(serve: Serve, certificate: Path) -> Serve:
-    def start(script: Any, *, trust: ssl.SSLContext | None = None, **options: Any) -> RawServer:
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(certificate)
-        trust = trust or ssl.create_default_context(cafile=certificate)
-        return serve(script, tls=tls, trust=trust, **{"host": "localhost"} | options)
-
-    return start
-
-
-def test_a_connection_over_tls_is_kept(serve_tls: Serve) -> None:
-    server = serve_tls(always(PLAIN))
-    for _ in range(3):
-        assert bytes(server.exchange(b"x" * 100_000).body) == BODY
-    assert server.connections == 1
-
-
-def test_a_label_set_is_asked_over_tls_with_the_certificates_of_the_environment(
-    serve_tls: Serve, certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    label_set = HttpLabelSet(f"HTTPS://{serve_tls(always(PLAIN)).address}", "digits")
-    with pytest.raises(MalformedMessage, match="answered with a/b"):
-        label_set.describe()
-    label_set.close()
-
-
-def test_bytes_after_an_answer_over_tls_are_not_the_next_one(serve_tls: Serve) -> None:
-    right = http("Content-Length: 20000", body=b"r" * 20_000)
-    server = serve_tls(always(right + http("Content-Length: 5", body=b"wrong")))
-    for _ in range(2):
-        assert bytes(server.exchange().body) == b"r" * 20_000
-    assert server.connections == 2
-
-
-@pytest.mark.parametrize("wrong", ["signer", "host"])
-def test_a_certificate_of_nobody_or_of_another_host_is_refused(serve_tls: Serve, wrong: str) -> None:
-    options: dict[str, Any] = {"trust": ssl.create_default_context()} if wrong == "signer" else {"host": "127.0.0.1"}
-    with pytest.raises(ServerUntrusted, match="CERTIFICATE_VERIFY_FAILED"):
-        serve_tls(always(PLAIN), **options).exchange()
-
-
-@pytest.mark.parametrize("speaks", ["TLS", "plain HTTP"])
-def test_a_server_that_cannot_be_trusted_is_an_error_at_once_that_says_what_to_do(
-    serve_tls: Serve, serve: Serve, speaks: str
-) -> None:
-    def script(connection: Connection) -> None:
-        connection.socket.recv(1 << 16)
-        connection.send(PLAIN)
-
-    server = serve_tls(always(PLAIN)) if speaks == "TLS" else serve(script)
-    label_set = HttpLabelSet(f"https://{server.address}", "digits")
-    with pytest.raises(UntrustedServer, match=r"cannot trust https://.*nothing was sent.*SSL_CERT_FILE.*http://"):
-        label_set.describe()
-    assert (server.connections, server.requests) == (1, [])
-    label_set.close()
-
-
-def test_a_handshake_that_is_cut_off_is_a_server_that_goes_away(serve: Serve) -> None:
-    server = serve(lambda connection: connection.socket.recv(10), trust=ssl.create_default_context())
-    with pytest.raises(ConnectFailed) as told:
-        server.exchange()
-    assert not isinstance(told.value, ServerUntrusted)
-
-
-@pytest.mark.parametrize("content", [None, "no certificate"])
-def test_certificates_of_the_environment_that_cannot_be_read_are_named(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if content is not None:
-        (tmp_path / "certificates").write_text(content)
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificates"))
-    with pytest.raises(InvalidRequest, match="SSL_CERT_FILE"):
-        HttpLabelSet("https://localhost", "digits")
-
-
-class Shrinking(Deadline):
-    """A deadline of which these seconds are left, one after the other, and then none."""
-
-    def __init__(self, *left_s: float) -> None:
-        super().__init__(left_s[0])
-        self._left_s = list(left_s)
-
-    @property
-    def remaining_s(self) -> float:
-        return self._left_s.pop(0) if self._left_s else 0.0
-
-
-def test_a_handshake_has_the_time_that_connecting_left(serve: Serve) -> None:
-    hung_up = threading.Event()
-
-    def script(connection: Connection) -> None:
-        while connection.socket.recv(1 << 16):
-            pass
-        hung_up.set()
-
-    for left_s in (0.2, 0.0):
-        server = serve(script, trust=ssl.create_default_context())
-        held = assert_late(functools.partial(server.exchange, deadline=Shrinking(20.0, 20.0, left_s)), left_s)
-        assert hung_up.wait(20), held
-        hung_up.clear()
-
-
-@pytest.mark.parametrize("over", ["tcp", "tls"])
-def test_a_server_that_reads_slowly_cannot_stretch_the_deadline(serve: Serve, serve_tls: Serve, over: str) -> None:
-    def script(connection: Connection) -> None:
-        while not connection.server.stopped.wait(0.01):
-            for _ in range(8):
-                connection.socket.recv(1 << 14)
-
-    server = (serve_tls if over == "tls" else serve)(script)
-    assert_late(lambda: server.exchange(bytes(48 << 20), deadline=Deadline(0.2)))
-
-
-def names(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> list[Any]:
-    """Every name has these addresses; what was looked up."""
-    asked: list[Any] = []
-
-    def look_up(*name: Any, **_: Any) -> list[Any]:
-        asked.append(name)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    return asked
-
-
-@pytest.fixture
-def black_hole() -> Iterator[tuple[str, int]]:
-    """An address that answers no attempt to connect: its queue is full."""
-    with ExitStack() as stack:
-        listening = stack.enter_context(socket.socket())
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listening.getsockname())
-        yield listening.getsockname()
-
-
-@pytest.mark.parametrize("addresses", [1, 6])
-def test_addresses_that_do_not_answer_end_at_one_deadline(
-    black_hole: tuple[str, int], addresses: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names(monkeypatch, *[black_hole] * addresses)
-    transport = DirectTransport("http://example")
-    assert_late(lambda: transport.exchange("GET", "", {}, None, 1, Deadline(0.3)), 0.3)
-
-
-def test_an_address_that_does_not_answer_leaves_time_for_the_next(
-    serve: Serve, black_hole: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve(always(PLAIN), host="two-addresses.example")
-    names(monkeypatch, black_hole, ("127.0.0.1", server.server_address[1]))
-    monkeypatch.setattr(connecting, "CONNECT_S", 0.1)
-    assert server.exchange().status == 200
-    names(monkeypatch, black_hole)
-    with pytest.raises(ConnectFailed, match=r"no connection within 0\.1 s"):
-        DirectTransport("http://example").exchange("GET", "", {}, None, 1, Deadline(20.0))
-
-
-class LookUp:
-    """In the place of the look-up of names: it waits for ``gate``, and gives or raises what it is told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gate, self.asked = threading.Event(), 0
-        self.address: tuple[str, int] | None = None
-        self.error: Exception = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        monkeypatch.setattr(socket, "getaddrinfo", self)
-
-    def __call__(self, *_: Any, **__: Any) -> list[Any]:
-        self.asked += 1
-        assert self.gate.wait(30)
-        if self.address is None:
-            raise self.error
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", self.address)]
-
-
-@pytest.fixture
-def look_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[LookUp]:
-    looking = LookUp(monkeypatch)
-    yield looking
-    looking.gate.set()
-    for thread in threading.enumerate():
-        if thread.name == "logitcache-look-up":
-            thread.join(30)
-            assert not thread.is_alive()
-
-
-NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-
-def test_a_look_up_that_hangs_ends_at_the_deadline_and_is_one_thread_however_often_it_is_waited_for(
-    look_up: LookUp, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve(always(PLAIN), host="slow.example")
-    for _ in range(5):
-        assert_late(lambda: server.exchange(deadline=Deadline(0.05)), 0.05)
-    assert look_up.asked == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(connecting, "CONNECT_S", 0.05)
-        with pytest.raises(ConnectFailed, match=r"look-up of 'slow\.example' takes more than 0\.05 s"):
-            server.exchange()
-    assert look_up.asked == 1
-    look_up.address = ("127.0.0.1", server.server_address[1])
-    look_up.gate.set()
-    assert server.exchange().status == 200
-
-
-@pytest.mark.parametrize("error", [NO_NAME, socket.gaierror(socket.EAI_NODATA, "No address"), UnicodeError("idna")])
-def test_a_name_that_nobody_has_is_an_error_at_once_that_says_so(look_up: LookUp, error: Exception) -> None:
-    look_up.error = error
-    look_up.gate.set()
-    label_set = HttpLabelSet("http://no-such-host.example:8000", "digits")
-    with pytest.raises(HostNotFound, match=r"no host has the name 'no-such-host\.example' .*check how it is written"):
-        label_set.describe()
-    assert look_up.asked == 1
-
-
-def test_a_name_that_cannot_be_looked_up_for_now_is_looked_up_again(look_up: LookUp, serve: Serve) -> None:
-    server = serve(always(http("Content-Type: a/b", "Content-Length: 0")), host="later.example")
-    look_up.gate.set()
-    label_set = HttpLabelSet(f"http://{server.address}", "digits", retries=2)
-    with pytest.raises(ServerUnreachable, match=r"look-up of 'later\.example' failed: .*Temporary failure"):
-        label_set.describe()
-    assert look_up.asked == 3
-    look_up.address = ("127.0.0.1", server.server_address[1])
-    with pytest.raises(MalformedMessage, match="a/b"):
-        label_set.describe()
-    label_set.close()
-
-
-def test_the_name_of_a_server_that_was_there_may_be_gone_for_a_while(look_up: LookUp, serve: Serve) -> None:
-    server = serve(answering(http("Content-Length: 0", "Connection: close")), host="container.example")
-    look_up.address, look_up.error = ("127.0.0.1", server.server_address[1]), NO_NAME
-    look_up.gate.set()
-    assert server.exchange().status == 200
-    look_up.address = None
-    with pytest.raises(ConnectFailed) as told:
-        server.exchange()
-    assert not isinstance(told.value, HostUnknown)
-
-
-def test_a_look_up_for_which_there_is_no_thread_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(ConnectFailed, match="can't start new thread"):
-        DirectTransport("http://example").exchange("GET", "", {}, None, 1, Deadline(20.0))
-
-
-def test_a_server_that_keeps_silent_is_told_of_while_it_is_waited_for(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(transports, "SILENCE_S", 0.05)
-    told = threading.Event()
-
-    def script(connection: Connection) -> None:
-        connection.request()
-        assert told.wait(20)
-        connection.send(PLAIN)
-
-    class Noticing(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told.set()
-
-    logger, handler = logging.getLogger("logitcache.client"), Noticing(logging.WARNING)
-    logger.addHandler(handler)
-    server = serve(script)
-    try:
-        assert bytes(server.exchange().body) == BODY
-    finally:
-        logger.removeHandler(handler)
-    assert f"{server.address} has sent nothing for 0.05 s; waiting for its answer for 20 s more" in caplog.text
-
-
-def test_the_first_address_that_takes_a_connection_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(always(PLAIN), host="two-addresses.example")
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        names(monkeypatch, unused.getsockname(), ("127.0.0.1", server.server_address[1]))
-        assert server.exchange().status == 200
-
-
-@pytest.mark.parametrize("url", ["http://a..b", f"http://{'a' * 300}.example", "http://127.0.0.1:1"])
-def test_a_host_that_is_not_there_is_no_connection(url: str) -> None:
-    with pytest.raises(ConnectFailed, match=r"\w"):
-        DirectTransport(url).exchange("GET", "", {}, None, 1, Deadline(20.0))
-
-
-def test_a_name_without_addresses_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    names(monkeypatch)
-    with pytest.raises(ConnectFailed, match="no address"):
-        DirectTransport("http://example").exchange("GET", "", {}, None, 1, Deadline(20.0))
-
-
-@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
-def test_a_port_that_is_not_told_is_that_of_the_scheme(scheme: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = names(monkeypatch)
-    with pytest.raises(ConnectFailed):
-        DirectTransport(f"{scheme}://example", ssl.create_default_context() if port == 443 else None).exchange(
-            "GET", "", {}, None, 1, Deadline(20.0)
-        )
-    assert asked == [("example", port)]
 
 
 def test_a_request_is_these_bytes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

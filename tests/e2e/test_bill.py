@@ -8,8 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from tests.server.conftest import write_label_set
-from tests.server.test_bill import commit_timed, timed_label_set, timed_writer
+from tests.server.conftest import commit_timed, timed_label_set, timed_writer, write_label_set
 from tests.server.test_cli import run
 from tests.server.test_operations import metric
 

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from tests.e2e import test_jobs as jobs
-from tests.e2e.test_recording import OPTIONS, all_of, all_of_folder, batches, rows_of, served
+from tests.e2e.recorded import OPTIONS, all_of, all_of_folder, batches, rows_of, served
 from tests.e2e.workload import workload
 from tests.server.job_site import Site, until
 from tests.storage.faults import Counting

@@ -1,20 +1,11 @@
-"""A run records its own rows: they are those that precompute stores, here and over HTTP, whoever is killed meanwhile.
-
-The default suite kills a server four times; `make proof` kills it two hundred times.
-"""
+"""A run records its own rows: they are those that precompute stores, here and over HTTP."""
 
 import errno
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tests.building import build, reference
+from tests.e2e.recorded import CLASSES, EXAMPLES, OPTIONS, TABLE, K, all_of, batches, whole
 from tests.e2e.test_benchmarks import figures
-from tests.e2e.test_kills import PROOF_KILLS
 from tests.server.given import FEATURES, sequences
 from tests.server.given import run as precompute
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from logitcache.client import DeadlineExceeded, RecorderReplaced, connect, record, waiting, with_ids, with_views
-from logitcache.client.recorder import Recorder
+from logitcache.client import RecorderReplaced, connect, record, waiting, with_ids, with_views
 from logitcache.labels.errors import (
     DigestChanged,
     DiskFull,
@@ -40,7 +30,6 @@ from logitcache.labels.errors import (
     LabelMismatch,
     RequestRefused,
     RowsMissing,
-    ServerUnreachable,
     ShapeMismatch,
     TeacherFault,
 )
@@ -49,9 +38,6 @@ from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.serve import running
 from logitcache.storage.files import Files, explained
-
-EXAMPLES, CLASSES, K = 300, 12, 5
-TABLE = torch.randn(EXAMPLES, CLASSES, generator=torch.Generator().manual_seed(1)) * 4
 
 
 class Looked(torch.nn.Module):
@@ -74,7 +60,6 @@ def images() -> torch.Tensor:
 
 
 INPUTS = images()
-OPTIONS: dict[str, Any] = {"run": "run-1", "steps": range(1000), "classes": CLASSES, "top_k": K, "temperatures": [2.0]}
 
 
 @pytest.fixture(params=["folder", "server"])
@@ -95,23 +80,12 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-def batches(seed: int = 0, size: int = 32, examples: int = EXAMPLES) -> list[np.ndarray]:
-    """Ordinals of all examples in random order."""
-    order = np.random.default_rng(seed).permutation(examples)
-    return [order[begin : begin + size] for begin in range(0, examples, size)]
-
-
 def assert_same(found: SoftLabels, expected: SoftLabels) -> None:
     """Every array has the same bits."""
     mine, theirs = found.arrays(), expected.arrays()
     assert set(mine) == set(theirs)
     for name, array in theirs.items():
         assert (mine[name].dtype, mine[name].tobytes()) == (array.dtype, array.tobytes()), name
-
-
-def all_of(target: str | Path, ids: Any, digest: str | None = None, **options: Any) -> SoftLabels:
-    with connect(target, digest=digest) as labels:
-        return labels.fetch(ids, **options)
 
 
 # Rows recorded are rows precomputed.
@@ -294,15 +268,6 @@ def test_a_second_recorder_of_one_rank_takes_the_place_of_the_first(server: str)
 # Several recorders.
 
 
-def whole(store: Path) -> str:
-    """The digest of an undisturbed recording in a folder, by one recorder."""
-    with record(store / "whole" / "run-1", **OPTIONS, examples=EXAMPLES) as recorder:
-        for batch in batches(seed=5):
-            recorder.add(batch, TABLE[torch.from_numpy(batch)])
-    assert recorder.digest is not None
-    return recorder.digest
-
-
 def test_several_recorders_seal_once_what_one_would_have(server: str, tmp_path: Path) -> None:
     recorders = [record(f"{server}/run-1", **OPTIONS, examples=EXAMPLES, rank=rank, recorders=2) for rank in (0, 1)]
     for number, batch in enumerate(batches()):
@@ -376,235 +341,6 @@ def test_a_full_disk_is_told_and_rows_are_sent_when_there_is_room(
                 recorder.flush()
         recorder.flush()
     assert recorder.digest == whole(tmp_path)
-
-
-@dataclass
-class Served:
-    """`logitcache serve --record` in a process of its own, which can be killed and started anew on its port."""
-
-    store: Path
-    port: int = 0
-    process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        options = ("--store", str(self.store), "--port", str(self.port), "--record")
-        command = [sys.executable, "-m", "logitcache.server", "serve", *options]
-        with (self.store.parent / "serve.log").open("ab") as log:
-            began = log.tell()
-            self.process = subprocess.Popen(command, stderr=log, text=True)
-        while True:
-            lines = (self.store.parent / "serve.log").read_bytes()[began:].splitlines(keepends=True)
-            for line in lines:
-                if b'"url"' in line and line.endswith(b"\n"):
-                    self.port = int(json.loads(line)["url"].rpartition(":")[2])
-                    return
-            assert self.process.poll() is None, lines
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
-@contextmanager
-def served(store: Path) -> Iterator[Served]:
-    store.mkdir(exist_ok=True)
-    server = Served(store)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
-
-
-def test_a_server_that_is_away_is_waited_for_and_then_told_and_nothing_is_lost(tmp_path: Path) -> None:
-    with served(tmp_path / "store") as server:
-        first = record(f"{server.url}/run-1", **OPTIONS, examples=EXAMPLES, timeout_s=2.0)
-        first.add(range(100), TABLE[:100])
-        first.flush()
-        server.kill()
-        first.add(range(100, 200), TABLE[100:200])
-        with pytest.raises((DeadlineExceeded, ServerUnreachable), match=str(server.port)):
-            first.flush()
-        server.start()
-        first.flush()
-        with connect(f"{server.url}/run-1") as labels:
-            assert labels.missing(range(EXAMPLES)) == list(range(200, EXAMPLES))
-        first.close()
-        with record(f"{server.url}/run-1", **OPTIONS, examples=EXAMPLES) as patient:
-            server.kill()
-            patient.add(range(200, EXAMPLES), TABLE[200:])
-            back = threading.Timer(0.3, server.start)
-            back.start()
-            patient.flush()  # within its deadline the server is back
-            back.join()
-        assert patient.digest == whole(tmp_path)
-
-
-# Killed again and again.
-
-
-def rows_of(ids: np.ndarray) -> torch.Tensor:
-    """Logits that any example has by its ordinal."""
-    return TABLE[torch.from_numpy(ids % EXAMPLES)] + torch.from_numpy(ids // EXAMPLES % 97)[:, None]
-
-
-def undisturbed(path: Path, examples: int, seed: int) -> str:
-    with record(path, **OPTIONS, examples=examples) as recorder:
-        for batch in batches(seed, 1024, examples):
-            recorder.add(batch, rows_of(batch), step=1)
-    assert recorder.digest is not None
-    return recorder.digest
-
-
-class Client(threading.Thread):
-    """Records all examples in random order, and knows which were acknowledged."""
-
-    def __init__(self, recorder: Recorder, examples: int, seed: int) -> None:
-        super().__init__(daemon=True)
-        self.recorder, self.examples, self.seed = recorder, examples, seed
-        self.acknowledged: list[np.ndarray] = []
-        self.go_on = threading.Semaphore(0)
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            for batch in batches(self.seed, 256, self.examples):
-                self.recorder.add(batch, rows_of(batch), step=1)
-                self.recorder.flush()
-                self.acknowledged.append(batch)
-        except BaseException as error:
-            self.error = error
-
-
-def killed(tmp_path: Path, examples: int, kills: int, seed: int) -> list[int]:
-    """Kill a server at random moments of a recording's progress: how many batches were acknowledged at each kill."""
-    rng, found = random.Random(seed), []
-    total = len(batches(seed, 256, examples))
-    expected = all_of_folder(tmp_path / "expected", examples)
-    digest = undisturbed(tmp_path / "other" / "run-1", examples, seed + 2)
-    assert digest == expected[1]
-    with served(tmp_path / "store") as server:
-        recorder = record(f"{server.url}/run-1", **OPTIONS, examples=examples, timeout_s=120)
-        client = Client(recorder, examples, seed)
-        client.start()
-        for part in range(kills):
-            after = rng.randrange(part * total // kills, (part + 1) * total // kills)
-            while client.is_alive() and len(client.acknowledged) < after:
-                time.sleep(0.0005)
-            deadline = time.perf_counter() + rng.uniform(0, 0.01)
-            while time.perf_counter() < deadline:
-                pass
-            server.kill()
-            acknowledged = list(client.acknowledged)
-            found.append(len(acknowledged))
-            server.start()
-            if acknowledged:
-                ids = np.concatenate(acknowledged)
-                soft = all_of(f"{server.url}/run-1", ids)
-                for name in ("indices", "logits", "logit_max", "tail_logsumexp"):
-                    kept = getattr(expected[0], name)[ids]
-                    assert getattr(soft, name).tobytes() == kept.tobytes(), (part, name)
-        client.join()
-        assert client.error is None
-        assert recorder.finish() == digest
-        recorder.close()
-    return found
-
-
-def all_of_folder(path: Path, examples: int) -> tuple[SoftLabels, str]:
-    digest = undisturbed(path / "run-1", examples, 0)
-    return all_of(path / "run-1", range(examples)), digest
-
-
-def test_a_server_killed_while_a_run_records_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
-    killed(tmp_path, 20_000, 3, seed=7)
-
-
-PROOF_SEED = 20262
-"""Seed of the random moments, written down before the run."""
-
-
-@pytest.mark.proof
-@pytest.mark.timeout(7200)
-def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
-    found = killed(tmp_path, 200_000, PROOF_KILLS, PROOF_SEED)
-    assert len(set(found)) >= PROOF_KILLS * 4 // 5
-    told = f"{PROOF_KILLS} kills, with {found} batches of 256 acknowledged"
-    print(f"\nseed {PROOF_SEED}: {told}; the same digest as undisturbed")
-
-
-LOAD_SEED = 20263
-"""Seed of the random moments of a server under load, written down before the run."""
-
-
-class Load(threading.Thread):
-    """Fetches random batches until it is told to stop, and compares each with what was stored, bit for bit."""
-
-    def __init__(self, url: str, expected: SoftLabels, seed: int) -> None:
-        super().__init__(daemon=True)
-        self.url, self.expected, self.seed = url, expected, seed
-        self.fetched = 0
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        try:
-            with connect(self.url, digest=self.expected.digest, timeout_s=120) as labels:
-                while not self.stop.is_set():
-                    ids = rng.integers(0, len(self.expected.indices), 512)
-                    soft = labels.fetch(ids)
-                    for name in ("indices", "logits", "logit_max", "tail_logsumexp", "fingerprint"):
-                        assert getattr(soft, name).tobytes() == getattr(self.expected, name)[ids].tobytes(), name
-                    self.fetched += 1
-        except BaseException as error:
-            self.error = error
-
-
-def killed_under_load(tmp_path: Path, kills: int, seed: int, clients: int = 4) -> list[int]:
-    """Kill a server at random moments while several clients fetch: how many batches they had before each kill."""
-    rng, found = random.Random(seed), []
-    expected, digest = all_of_folder(tmp_path / "store", 100_000)
-    with served(tmp_path / "store") as server:
-        load = [Load(f"{server.url}/run-1", expected, seed + number) for number in range(clients)]
-        for client in load:
-            client.start()
-        for _ in range(kills):
-            before = sum(client.fetched for client in load)
-            # A moment of the load, not of the clock.
-            after = before + rng.randrange(1, 200)
-            while sum(client.fetched for client in load) < after:
-                assert [client.error for client in load if client.error] == []
-                time.sleep(0.0005)
-            server.kill()
-            found.append(sum(client.fetched for client in load) - before)
-            server.start()
-        for client in load:
-            client.stop.set()
-        for client in load:
-            client.join()
-            assert client.error is None
-        with connect(f"{server.url}/run-1") as labels:
-            assert labels.describe().digest == digest
-    return found
-
-
-def test_a_server_killed_while_clients_fetch_gives_no_wrong_row_and_is_found_again(tmp_path: Path) -> None:
-    assert len(killed_under_load(tmp_path, 1, seed=8)) == 1
-
-
-@pytest.mark.proof
-@pytest.mark.timeout(7200)
-def test_a_server_killed_at_random_moments_under_load_gives_no_wrong_row(tmp_path: Path) -> None:
-    found = killed_under_load(tmp_path, PROOF_KILLS, LOAD_SEED)
-    told = f"{PROOF_KILLS} kills, {sum(found):,} batches of 512 rows fetched by 4 clients"
-    print(f"\nseed {LOAD_SEED}: {told}, each the same bits; the same digest")
 
 
 # The benchmark.

@@ -1,10 +1,13 @@
 """A reference of three shards, and label sets made from it."""
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.building import Reference, build, reference
+from tests.storage.machines import DONE
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,14 @@ def sound(source: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def label_set(sound: Path, tmp_path: Path) -> Path:
     """A copy of it for a test that changes it."""
     return Path(shutil.copytree(sound, tmp_path / "store" / "set"))
+
+
+@pytest.fixture(scope="module")
+def without_waiting_for_the_disk() -> Iterator[None]:
+    """The kernel is not killed here, so nothing is lost; what was done is told."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("fsync", "fdatasync"):
+            patched.setattr(os, name, lambda handle: None)
+        yield
+    print("\n", ", ".join(f"{count:,} {what}" for what, count in sorted(DONE.items())))
+    DONE.clear()
