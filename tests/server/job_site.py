@@ -1,5 +1,6 @@
 """A folder as a user has it (a configuration, code beside it, a store), and a client that asks for jobs and waits."""
 
+import json
 import shutil
 import signal
 import time
@@ -93,6 +94,11 @@ class Site:
     def shards(self, name: str) -> int:
         """How many shards of a label set are committed."""
         return len(list((self.store / name / "commits").glob("*.json")))
+
+    def contents(self, name: str) -> dict[int, dict[str, str]]:
+        """Of each shard of a label set that is committed, what each of its files hashes to."""
+        commits = (json.loads(path.read_bytes()) for path in (self.store / name / "commits").glob("*.json"))
+        return {commit["shard"]: {part: told["sha256"] for part, told in commit["files"].items()} for commit in commits}
 
     def clear_away(self) -> None:
         """End what a failed test left running."""

@@ -153,6 +153,7 @@ def test_cancelled_while_labelling_it_keeps_what_is_committed_and_goes_on_when_a
     site.release("one")
     assert asker.ask("stopped") == running
     resumed = asker.until_ended(running)
+    assert site.contents("stopped") == site.contents("undisturbed")
     assert (resumed["state"], resumed["attempt"], resumed["digest"]) == ("succeeded", 2, undisturbed["digest"])
     assert asker.cancel(running) == resumed
 

@@ -378,7 +378,7 @@ def test_the_document_tells_the_names_that_a_label_set_may_have() -> None:
         for parameter in operation.get("parameters", [])
         if parameter["name"] == "name"
     }
-    assert patterns == {f"^{identity._NAME.pattern}$"}
+    assert patterns == {identity.NAME_PATTERN}
 
 
 RUN, WHO = "run-1", {"rank": 0, "sitting": 1}

@@ -25,7 +25,11 @@ MAX_CLASSES = 2**31 - 1
 MAX_VIEWS = 4096
 """Most views that an example may have."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+"""What a label set's name, and every other name that goes into addresses and paths, must match."""
+
+NAME_RULE = "1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
+"""The same in words."""
 
 Dtype = Literal["float16", "float32"]
 
@@ -147,13 +151,10 @@ def check_name(name: str) -> str:
     """The name, if it is one that a label set may have.
 
     Raises:
-        InvalidName: it does not match ``^[a-z0-9][a-z0-9._-]{0,63}$``.
+        InvalidName: it does not match `NAME_PATTERN`.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidName(
-            f"{str(name)[:80]!r} cannot be a label set's name: use 1 to 64 of a-z, 0-9, '.', '_', '-', "
-            "beginning with a letter or digit"
-        )
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidName(f"{str(name)[:80]!r} cannot be a label set's name: use {NAME_RULE}")
     return name
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from logitcache.labels.errors import SHOWN, InvalidRequest
+from logitcache.labels.identity import NAME_PATTERN, NAME_RULE
 from logitcache.server.names import near_or_all
 
 ENVIRONMENT = "LOGITCACHE_"
@@ -23,15 +24,15 @@ ENVIRONMENT = "LOGITCACHE_"
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-_NAME, _SPEC, _WORD = r"^[a-z0-9][a-z0-9._-]{0,63}$", r"^[^:\s\x00]+:[^:\s\x00]+$", r"^[^\x00]+$"
+_SPEC, _WORD = r"^[^:\s\x00]+:[^:\s\x00]+$", r"^[^\x00]+$"
 _SAID: Mapping[str, str] = {
-    _NAME: "a name is 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit (in quotes if it has a '.')",
+    NAME_PATTERN: f"a name is {NAME_RULE} (in quotes if it has a '.')",
     _SPEC: "a spec is module:callable, as in my_project.models:teacher",
     _WORD: "it must not be empty, nor hold NUL",
 }
 """Patterns in words."""
 
-Name = Annotated[str, Field(pattern=_NAME)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Spec = Annotated[str, Field(pattern=_SPEC)]
 Word = Annotated[str, Field(pattern=_WORD)]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
-from weakref import WeakValueDictionary
 
 from logitcache.labels.errors import LogitcacheError, StorageFault, StoreNotFound, Unavailable
 from logitcache.labels.identity import check_name
 from logitcache.labels.label_set import Description, Limits
+from logitcache.server.http.name_locks import NameLocks
 from logitcache.server.logs import logger
 from logitcache.server.names import not_found
 from logitcache.storage import Readable, label_set_names, open_label_set
@@ -52,8 +52,7 @@ class Catalog:
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Manifest | None, Readable]] = {}
-        self._opening = WeakValueDictionary[str, threading.Lock]()
-        """Of those that are being opened: while one is read, the others are not kept waiting."""
+        self._opening = NameLocks()
         self._complained: dict[str, str] = {}
         self._names: list[str] = []
         self._looked_at = float("-inf")
@@ -83,8 +82,7 @@ class Catalog:
                 raise not_found(name, names)
             if name in self._open:
                 return self._open[name][1]
-            opening = self._opening.setdefault(name, threading.Lock())
-        with opening:
+        with self._opening.of(name):
             with self._lock:
                 if name in self._open:
                     return self._open[name][1]

@@ -12,6 +12,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from logitcache.labels import label_set
+from logitcache.labels.identity import NAME_PATTERN
 from logitcache.labels.problem import MEDIA_TYPE as PROBLEM
 from logitcache.labels.recorded import Stand
 from logitcache.server.http.messages import JSON, SAFETENSORS, FetchBody, MissingBody
@@ -24,7 +25,7 @@ ABOUT = """Every error is a problem (RFC 9457) with a stable `code`. Besides the
 answers 404 where there is no route, 405 to another method, 400 to what is no HTTP/1.1, 408 to a request that does not
 come in time, and 503 to a connection too many."""
 
-Name = Annotated[str, Path(description="Of a label set.", json_schema_extra={"pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"})]
+Name = Annotated[str, Path(description="Of a label set.", json_schema_extra={"pattern": NAME_PATTERN})]
 
 JobId = Annotated[str, Path(description="Of a job.", json_schema_extra={"pattern": f"^{JOB_ID.pattern}$"})]
 

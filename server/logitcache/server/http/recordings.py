@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from logitcache.labels.errors import InvalidRequest, LogitcacheError, RequestRefused, Unavailable
 from logitcache.labels.identity import check_name
 from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who
 from logitcache.server.http.catalog import Catalog
+from logitcache.server.http.name_locks import NameLocks
 from logitcache.server.logs import logger
 from logitcache.storage import Recording
 from logitcache.storage.places import Places
@@ -29,8 +29,7 @@ class Recordings:
         self._catalog, self._store, self._allowed = catalog, catalog.store, allowed
         self._lock = threading.Lock()
         self._open: dict[str, Recording] = {}
-        self._opening = WeakValueDictionary[str, threading.Lock]()
-        """Of those that are being opened: while the log of one is read, the others are not kept waiting."""
+        self._opening = NameLocks()
         self._sealings: dict[str, Future[None]] = {}
         self._threads, self._stopping = ThreadPoolExecutor(1, "seal"), threading.Event()
 
@@ -127,9 +126,7 @@ class Recordings:
         """The recording of that name, opened if it was not or is of no use any more; ``terms`` begin it, or are
         checked.
         """
-        with self._lock:
-            opening = self._opening.setdefault(name, threading.Lock())
-        with opening:
+        with self._opening.of(name):
             with self._lock:
                 found = self._open.get(name)
                 if found is not None and (found.is_removed or found.is_broken):
