@@ -1,6 +1,7 @@
 """What a shard may be committed with: whatever would make rows another example's is refused, and nothing is written."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,20 @@ def test_rows_that_do_not_follow_each_other_are_refused(tmp_path: Path, wrong: s
     assert ("rows, not" if wrong == "too few" else "do not follow each other") in message
 
 
+@pytest.mark.parametrize("damaged", ["a file", "the commit", "a hash in the commit"])
 @pytest.mark.parametrize("changed", ["target", "ids", "fingerprint"])
-def test_a_repair_never_takes_another_target_id_or_input(tmp_path: Path, changed: str) -> None:
+def test_a_repair_never_takes_another_target_id_or_input(tmp_path: Path, changed: str, damaged: str) -> None:
     """Teachers may give other rows the second time; the dataset may not."""
     source = reference(2, ids="integer", targets=True)
     path = build(tmp_path / "s" / "set", source)
-    (path / "logits" / "c.1.0").unlink()
+    commit = path / "commits" / "1.json"
+    if damaged == "a file":
+        (path / "logits" / "c.1.0").unlink()
+    elif damaged == "the commit":
+        commit.write_bytes(b"")
+    else:
+        part = json.loads(commit.read_bytes())["files"]["logits"]["sha256"]
+        commit.write_bytes(commit.read_bytes().replace(part.encode(), part[::-1].encode()))
     with writer_of(path, source) as writer:
         arrays = source.arrays(source.layout.span(1))
         other = arrays[changed].copy()

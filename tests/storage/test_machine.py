@@ -6,6 +6,8 @@ list. At every moment every reader serves exactly the rows of sound shards that 
 first one: that are committed); what a reader in another thread was given at any moment is right to the bit.
 """
 
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -72,6 +74,7 @@ class Store(RuleBasedStateMachine):
         sound: version of each shard that is committed and sound.
         hurt: of those that were damaged since, and may have been found or not.
         sealed: versions of each generation's shards.
+        listed: commits of each generation's shards.
         digests: of those versions.
         ever: all versions that each shard was ever committed with.
     """
@@ -83,6 +86,7 @@ class Store(RuleBasedStateMachine):
         self.sound: dict[int, int] = {}
         self.hurt: dict[int, int] = {}
         self.sealed: list[Versions] = []
+        self.listed: list[list[bytes]] = []
         self.digests: dict[Versions, str] = {}
         self.ever: set[tuple[int, int]] = set()
         self.size = 0
@@ -222,12 +226,20 @@ class Store(RuleBasedStateMachine):
         """A shard of a generation is never labelled again with other examples."""
         if shard in self.sound or shard in self.hurt or shard >= len(self.sealed[-1]):
             return
-        if not list((self.path / "quarantine").glob(f"*-shard-{shard}/commit.json")):
+        folders = (self.path / "quarantine").glob(f"*-shard-{shard}")
+        if not any(self.tells(folder, self.listed[-1][shard]) for folder in folders):
             return
         arrays = STORED[shard, 0] | {"fingerprint": STORED[shard, 0]["fingerprint"] ^ np.uint64(1)}
         with self.writer() as writer, pytest.raises(DatasetChanged):
             writer.commit(shard, arrays, statistics_of(arrays, WHOLE.identity))
         DONE["other examples refused"] += 1
+
+    @staticmethod
+    def tells(folder: Path, commit: bytes) -> bool:
+        """Does what was set aside in a folder tell this commit: itself, or all of its files?"""
+        kept = [path.read_bytes() for path in folder.iterdir()]
+        hashes = {hashlib.sha256(content).hexdigest() for content in kept}
+        return commit in kept or {part["sha256"] for part in json.loads(commit)["files"].values()} <= hashes
 
     @precondition(lambda self: len(self.sound) + len(self.hurt) == self.layout_of.layout.shards)
     @rule(fault=FAULTY)
@@ -245,6 +257,7 @@ class Store(RuleBasedStateMachine):
         if len(numbered(Places(self.path).generations)) > len(self.sealed):
             assert len(versions) == self.layout_of.layout.shards
             self.sealed.append(versions)
+            self.listed.append([Places(self.path).commit(shard).read_bytes() for shard in range(len(versions))])
             DONE["generations"] += 1
 
     @precondition(lambda self: self.size + 1 < len(GROWTH) and self.is_complete)

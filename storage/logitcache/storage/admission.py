@@ -24,7 +24,7 @@ from logitcache.storage.files import Files
 from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.places import Places
 from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, status
-from logitcache.storage.records import Commit
+from logitcache.storage.records import Commit, Part
 
 Stamp = tuple[int, int, int]
 """inode, size in bytes, change time in nanoseconds of one file."""
@@ -235,7 +235,41 @@ def quarantine(places: Places, layout: Layout, shard: int, problem: str, files: 
     for name in layout.parts:
         path = places.part(layout, name, shard)
         if status(path) is not None:
-            files.rename(path, folder / f"{name}.{path.name}")
+            files.rename(path, folder / _set_aside(places, layout, name, shard))
     with contextlib.suppress(StorageFault):
         files.write(folder / "problem.txt", f"{problem}\n".encode())
     return folder
+
+
+def quarantined(places: Places, layout: Layout, shard: int) -> Iterator[Commit]:
+    """Commits of a shard as they stand in quarantine, and then as the files there would have them: of what was set
+    aside since its commit was damaged, only they tell. What does not read is passed over.
+    """
+    for folder in sorted(places.quarantine.glob(f"*-shard-{shard}")):
+        with contextlib.suppress(ShardDamaged, FileNotFoundError):
+            yield Commit.read(folder / "commit.json", layout, shard)
+        with contextlib.suppress(ShardDamaged, FileNotFoundError):
+            yield _commit_of_files(places, layout, shard, folder)
+
+
+def _commit_of_files(places: Places, layout: Layout, shard: int, folder: Path) -> Commit:
+    parts: dict[str, Part] = {}
+    for name in layout.parts:
+        path = folder / _set_aside(places, layout, name, shard)
+        handle = open_file(places.root, path, ShardDamaged)
+        try:
+            size, state = os.fstat(handle).st_size, hashlib.sha256()
+            for block in blocks(handle, size, path, ShardDamaged):
+                state.update(block)
+        finally:
+            os.close(handle)
+        parts[name] = Part(size, state.hexdigest())
+    try:
+        return Commit.of(layout, shard, parts)[0]
+    except ValueError as error:
+        raise ShardDamaged(f"{folder}: {error!s:.200}", shard=shard) from None
+
+
+def _set_aside(places: Places, layout: Layout, name: str, shard: int) -> str:
+    """What a shard's file is called in quarantine."""
+    return f"{name}.{places.part(layout, name, shard).name}"

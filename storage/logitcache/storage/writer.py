@@ -5,7 +5,6 @@ committed stays and the next writer continues; what was not is removed under the
 It knows nothing of teachers or datasets.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,15 @@ from logitcache.labels.errors import (
     StoreNotFound,
 )
 from logitcache.labels.identity import canonical_json, check_name
-from logitcache.storage.admission import Stamps, check_hashes, opened, quarantine, stored_rows, stored_texts
+from logitcache.storage.admission import (
+    Stamps,
+    check_hashes,
+    opened,
+    quarantine,
+    quarantined,
+    stored_rows,
+    stored_texts,
+)
 from logitcache.storage.contents import Content, contents, refuse_repeated, sha256_of
 from logitcache.storage.files import Files
 from logitcache.storage.id_index import IdIndex
@@ -311,16 +318,14 @@ class LabelSetWriter:
             )
 
     def _sealed_commit(self, shard: int) -> Commit | None:
-        """The commit that the newest generation lists for a withdrawn shard, if quarantine still has it."""
+        """The commit that the newest generation lists for a withdrawn shard, if quarantine still has it or, where it is
+        the commit itself that was damaged, the files that it was of.
+        """
         generation = self.generation
         if generation is None or shard >= len(generation.commits):
             return None
-        for path in self._places.quarantine.glob(f"*-shard-{shard}/commit.json"):
-            with contextlib.suppress(ShardDamaged, FileNotFoundError):
-                commit = Commit.read(path, self.layout, shard)
-                if commit.sha256 == generation.commits[shard]:
-                    return commit
-        return None
+        found = quarantined(self._places, self.layout, shard)
+        return next((commit for commit in found if commit.sha256 == generation.commits[shard]), None)
 
     def _clear_after_failure(self) -> None:
         """Give the disk back what was staged; if even that fails, the next writer does it."""
