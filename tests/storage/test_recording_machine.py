@@ -142,13 +142,14 @@ class Recorded(RuleBasedStateMachine):
             with pytest.raises(RowsMissing):
                 self.recording.seal()
             return
-        recording = self.open(None if fault is None else Faulty(fault[1], fault[0]))
         try:
+            recording = self.open(None if fault is None else Faulty(fault[1], fault[0]))
             self.digest = recording.seal(part=part).digest
         except (Killed, StorageFault):
             DONE[f"faults: {fault and fault[0]}"] += 1
-            recording.close()
-            self.recording = None
+            if self.recording is not None:
+                self.recording.close()
+                self.recording = None
             if Places(self.path).recording.exists():
                 self.part = True if self.open().stand().sealing else self.part
             else:
