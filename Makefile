@@ -20,7 +20,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench bench-long proof audit lock clean
+.PHONY: help demo test smoke check format bench bench-long proof audit lock clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
@@ -32,6 +32,9 @@ demo: $(INSTALLED) ## Label digits and tokens, serve the labels, train students 
 
 test: $(INSTALLED) ## The tests, on all cores; one after the other with PYTEST_ARGS
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--numprocesses=auto --dist=worksteal)
+
+smoke: $(INSTALLED) ## The benchmarks at a small size, to see that they run
+	$(BIN)/python -m pytest -m smoke $(or $(PYTEST_ARGS),--numprocesses=auto --dist=worksteal)
 
 check: $(INSTALLED) ## Format, lint, types and import contracts, as CI runs them
 	$(BIN)/ruff format --check .

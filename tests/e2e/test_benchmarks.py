@@ -28,6 +28,7 @@ def figures(tmp_path: Path, script: str, *arguments: str, path: str | None = Non
     return json.loads(out.read_bytes()), done.stdout
 
 
+@pytest.mark.smoke
 def test_the_quick_run_measures_every_method_and_tells_how_to_get_those_that_are_not_installed(tmp_path: Path) -> None:
     run, told = figures(tmp_path, "fetch.py", "--quick", "--plot", str(tmp_path / "rates.png"))
     missing = {name: program for name, program in NEEDED.items() if program.path is None}
@@ -43,6 +44,7 @@ def test_the_quick_run_measures_every_method_and_tells_how_to_get_those_that_are
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.smoke
 def test_a_part_runs_alone_and_without_a_program_its_peer_is_left_out(tmp_path: Path) -> None:
     run, told = figures(tmp_path, "fetch.py", "--quick", "--only", "http", path=str(tmp_path))
     assert set(run["rows"]["methods"]) == set(methods_of(PAIRS["http"])) - {"Redis"}
@@ -82,6 +84,7 @@ def test_a_ratio_is_taken_within_the_rounds_in_which_both_took_part_and_held_to_
         assert (found["goal"], found["met"]) == ({256: goal}, {256: met})
 
 
+@pytest.mark.smoke
 def test_every_kind_of_ids_is_measured_here_and_over_http(tmp_path: Path) -> None:
     run, told = figures(tmp_path, "ids.py", "--quick")
     kinds = ("ordinals", "integers", "texts")
@@ -89,12 +92,14 @@ def test_every_kind_of_ids_is_measured_here_and_over_http(tmp_path: Path) -> Non
     assert "HTTP, texts against HTTP, integers" in told
 
 
+@pytest.mark.smoke
 def test_an_append_keeps_its_promises_at_a_small_size(tmp_path: Path) -> None:
     run, _ = figures(tmp_path, "append.py", "--quick")
     assert all(run["bounds"].values())
     assert run["append"]["shown"] == run["settings"]["more"] == 204
 
 
+@pytest.mark.smoke
 def test_memory_of_the_selection_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     sizes = ("--batch", "2", "--length", "64", "--classes", "5000", "--top-k", "8")
     run, told = figures(tmp_path, "selection_memory.py", *sizes)

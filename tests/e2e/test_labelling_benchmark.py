@@ -6,6 +6,7 @@ import pytest
 from tests.e2e.test_benchmarks import figures
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", [[], ["--tokens"]], ids=["pictures", "tokens"])
 def test_precompute_and_the_bare_loop_label_the_same_and_are_timed(tmp_path: Path, kind: list[str]) -> None:
     run, told = figures(tmp_path, "labelling.py", "--quick", *kind)

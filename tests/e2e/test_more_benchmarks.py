@@ -11,6 +11,7 @@ from benchmarks.sequence.report import PAGE
 from tests.e2e.test_benchmarks import BENCHMARKS, figures
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("script", ["clients.py", "cold.py", "sparse.py", "step.py", "verify.py"])
 def test_it_runs_and_tells_its_goals(tmp_path: Path, script: str) -> None:
     run, told = figures(tmp_path, script, "--quick")
@@ -34,6 +35,7 @@ def test_the_halves_are_the_whole() -> None:
     assert {part for half in HALVES for part in half} == set(PARTS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("parts", HALVES)
 def test_the_experiments_on_sequences_of_runs_run_and_go_on_where_they_were(
     tmp_path: Path, parts: tuple[str, ...]

@@ -346,6 +346,7 @@ def test_a_full_disk_is_told_and_rows_are_sent_when_there_is_room(
 # The benchmark.
 
 
+@pytest.mark.smoke
 def test_the_benchmark_records_the_same_rows_everywhere(tmp_path: Path) -> None:
     run, told = figures(tmp_path, "recording.py", "--quick")
     ways = ("logits", "rows", "awaited")

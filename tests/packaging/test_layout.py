@@ -117,7 +117,7 @@ def test_the_constraints_leave_the_build_of_torch_to_the_machine() -> None:
     assert not any("+" in version for version in _pins().values())
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "proof", "lock", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "smoke", "check", "bench", "proof", "lock", "clean"])
 def test_the_makefile_knows_how_to_make(target: str) -> None:
     make = shutil.which("make")
     assert make, "make is not installed"
