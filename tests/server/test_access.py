@@ -1,6 +1,7 @@
 """Nobody in who does not belong: keys and their scopes on every route, hosts, content types, headers."""
 
 import io
+import itertools
 import re
 import socket
 import threading
@@ -110,9 +111,27 @@ def test_a_route_takes_its_scope_and_those_above_it_and_nobody_else(
             assert asked.status_code not in (401, 403)
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE"])
 @pytest.mark.parametrize(
-    "path", ["/v1/new", "/v1/label-sets", "/v1/label-sets/digits", "/v1/label-sets/digits/new", "/healthz", "//v1/jobs"]
+    ("method", "path"),
+    [
+        *itertools.product(
+            ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE"),
+            (
+                "/v1/new",
+                "/v1/label-sets",
+                "/v1/label-sets/digits",
+                "/v1/label-sets/digits/new",
+                "/healthz",
+                "//v1/jobs",
+            ),
+        ),
+        ("POST", "//v1/jobs"),
+        ("GET", "/v1/new"),
+        ("GET", "/"),
+        ("GET", "//v1/label-sets"),
+        ("GET", "/v1/jobsnew"),
+        ("GET", "/metrics/new"),
+    ],
 )
 def test_what_is_not_a_route_takes_the_largest_scope(
     server: httpx.Client, keys: dict[str, str], method: str, path: str

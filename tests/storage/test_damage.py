@@ -4,17 +4,18 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.building import ROWS_PER_SHARD, Reference, commit_shards, writer_of
+from tests.building import ROWS_PER_SHARD, Reference, build, commit_shards, writer_of
 from tests.conformance import assert_rows_equal
 from tests.server.job_site import until
 
-from logitcache.labels.errors import RowsMissing
+from logitcache.labels.errors import NotALabelSet, RowsMissing
 from logitcache.storage import LocalLabelSet, admission, gather, local, shards
 from logitcache.storage.admission import OpenShard, Stamps, opened
 from logitcache.storage.manifest import read_layout
@@ -131,6 +132,43 @@ def test_a_damaged_generation_is_not_trusted_and_is_made_again(label_set: Path, 
     reader.close()
     with writer_of(label_set, source) as writer:
         assert (writer.missing, writer.seal().number) == ([], 2)
+
+
+def of_another_teacher(source: Reference) -> Reference:
+    """The same data and shapes, labelled by somebody else."""
+    teacher = replace(source.identity.teacher, weights="others")
+    return replace(source, layout=replace(source.layout, identity=replace(source.identity, teacher=teacher)))
+
+
+def test_the_manifest_of_another_teacher_does_not_make_these_rows_his(
+    label_set: Path, source: Reference, tmp_path: Path
+) -> None:
+    other = of_another_teacher(source)
+    manifest = build(tmp_path / "store" / "other", other) / "zarr.json"
+    own = (label_set / "zarr.json").read_bytes()
+    shutil.copy(manifest, label_set / "zarr.json")
+    for attempt in (lambda: LocalLabelSet(label_set), lambda: writer_of(label_set, other)):
+        with pytest.raises(NotALabelSet, match="not the one that this label set was sealed with"):
+            attempt()
+    (label_set / "zarr.json").write_bytes(own)
+    with closing(LocalLabelSet(label_set)) as reader:
+        assert all(report.ok for report in reader.verify_all())
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_shards_whose_manifest_is_gone_are_not_taken_for_those_of_another_teacher(
+    label_set: Path, source: Reference, *, sealed: bool
+) -> None:
+    own = (label_set / "zarr.json").read_bytes()
+    (label_set / "zarr.json").unlink()
+    if not sealed:
+        (label_set / "generations" / "1.json").unlink()
+    for whoever in (source, of_another_teacher(source)):
+        with pytest.raises(NotALabelSet, match=r"zarr\.json is missing, and shards that were committed"):
+            writer_of(label_set, whoever)
+    (label_set / "zarr.json").write_bytes(own)
+    with writer_of(label_set, source) as writer:
+        assert (writer.missing, writer.quarantined) == ([], {})
 
 
 def test_damage_that_arises_after_verification_is_found_by_verifying_again(label_set: Path, source: Reference) -> None:

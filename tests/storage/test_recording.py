@@ -1231,6 +1231,24 @@ def forged(path: Path, run: Run, rows: np.ndarray) -> None:
     found.close()
 
 
+@pytest.mark.parametrize("batch", [1, 3, 12])
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 5), (5, 1), (5, 9), (9, 5)])
+def test_the_log_of_another_recording_with_rows_of_another_width_is_not_cut(
+    tmp_path: Path, ours: int, theirs: int, batch: int
+) -> None:
+    runs = {name: small_run(batch, k=k, classes=20) for name, k in (("one", ours), ("other", theirs))}
+    for name, run in runs.items():
+        with Recording(tmp_path / name, run.terms, run.ids) as recording:
+            recording.begin(Who(0, 1))
+            recording.append(run.batch(run.places), Who(0, 1))
+    log = Places(tmp_path / "one").recording_log
+    content = Places(tmp_path / "other").recording_log.read_bytes()
+    log.write_bytes(content)
+    with pytest.raises(ShardDamaged, match="damaged at byte 0"):
+        Recording(tmp_path / "one")
+    assert log.read_bytes() == content
+
+
 @pytest.mark.parametrize("file", ["log", "recording.json"])
 def test_the_log_of_another_recording_with_the_same_terms_has_no_rows_here_and_is_not_cut(
     tmp_path: Path, file: str

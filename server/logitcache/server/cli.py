@@ -388,7 +388,7 @@ def verify(name: str, store: Path, threads: int | None) -> None:
         click.echo(prefix + (report.problem or "").removeprefix(prefix))
     if damaged:
         raise ShardDamaged(
-            f"{len(damaged):,} of {description.shards.total:,} shards of {name!r} are damaged and are not served; "
+            f"{len(damaged):,} of {description.shards.total:,} shards of {name!r} are damaged; "
             "run its precompute again: it labels these shards anew and nothing else"
         )
     click.echo(

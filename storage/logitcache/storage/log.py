@@ -205,10 +205,13 @@ class Log:
 
         Raises:
             ShardDamaged: another frame begins behind it, or it is more than a torn frame can be, so it was changed and
-                not torn: what was acknowledged is lost. No row begins as a frame does: its place is a small number.
+                not torn, or is the log of another recording: what was acknowledged is lost. No row begins as a frame
+                does: its place is a small number.
         """
         rest = os.fstat(self._handle).st_size - self.end * self.dtype.itemsize
-        if rest > MOST_FRAME_BYTES or self._begins_behind():
+        # The first frame of a log has no rows, and what follows it is written when it is durable.
+        most = MOST_FRAME_BYTES if self.end else self.dtype.itemsize
+        if rest > most or self._begins_behind():
             raise ShardDamaged(
                 f"{self.path} is damaged at byte {self.end * self.dtype.itemsize:,}: rows that were recorded there "
                 "are lost, and others follow; restore it, or record under another name"

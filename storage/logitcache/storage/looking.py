@@ -12,7 +12,7 @@ from logitcache.storage.layout import Layout
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
 from logitcache.storage.reading import status
-from logitcache.storage.records import Commit, Generation, numbered, read_generations
+from logitcache.storage.records import Commit, Generation, numbered, read_generations, refuse_another_manifest
 from logitcache.storage.state import FileKey, State
 
 _SETTLED_NS = 2_000_000_000
@@ -108,6 +108,8 @@ def look(
     # None is ever changed once it is there.
     if [generation.number for generation in generations] != numbered(places.generations):
         generations = tuple(read_generations(places.generations, layout, known=generations))
+        if not generations:
+            refuse_another_manifest(places.generations, places.commits, layout)
     sealed = generations[-1].commits if generations else ()
     found = Found(generations, {}, {}, {})
     for shard in numbered(places.commits):

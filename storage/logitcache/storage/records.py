@@ -4,12 +4,13 @@ Both are canonical JSON. Whatever is read back is checked against the layout bef
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitcache.labels.errors import ShardDamaged
+from logitcache.labels.errors import NotALabelSet, ShardDamaged
 from logitcache.labels.identity import Identity, canonical_json, label_set_digest, sha256_hex
 from logitcache.labels.ids import MAX_TEXT_BYTES
 from logitcache.storage.layout import TEXTS, Layout
@@ -161,6 +162,42 @@ def newest_generation(folder: Path, layout: Layout) -> Generation | None:
     """The newest generation that reads as such."""
     found = (_readable(folder, number, layout) for number in reversed(numbered(folder)))
     return next((generation for generation in found if generation is not None), None)
+
+
+def refuse_another_manifest(generations: Path, commits: Path, layout: Layout) -> None:
+    """Refuse an identity that is not the one under which the shards there were sealed: rows of one teacher would pass
+    for those of another. Of a label set that was never sealed nothing tells.
+
+    Raises:
+        NotALabelSet: no generation is of this identity, and one that reads as such otherwise lists the commits there.
+        StorageFault: something cannot be read.
+    """
+    numbers = numbered(generations)
+    if not numbers or newest_generation(generations, layout) is not None:
+        return
+    if any(_lists(generations / f"{number}.json", commits) for number in numbers):
+        raise NotALabelSet(
+            f"{generations.parent}/zarr.json is not the one that this label set was sealed with: its generations are "
+            "of another identity; restore it. Nothing was changed"
+        )
+
+
+def _lists(path: Path, commits: Path) -> bool:
+    """A generation of whatever identity that lists the commits that are there."""
+    try:
+        data = read_file(path.parent.parent, path, MAX_GENERATION_BYTES, ShardDamaged)
+        content = parsed(data)
+        listed, digest = content["commits"], content["digest"]
+        if data != canonical_json(content) or not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+            return False
+        there = [shard for shard in numbered(commits) if shard < len(listed)]
+        for shard in there:
+            commit = read_file(commits.parent, commits / f"{shard}.json", MAX_COMMIT_BYTES, ShardDamaged)
+            if sha256_hex(commit) != listed[shard]:
+                return False
+        return bool(there)
+    except (FileNotFoundError, ShardDamaged, ValueError, KeyError, TypeError):
+        return False
 
 
 def _readable(folder: Path, number: int, layout: Layout) -> Generation | None:

@@ -40,7 +40,14 @@ from logitcache.storage.lock import WriterLock
 from logitcache.storage.manifest import read_layout
 from logitcache.storage.places import Places
 from logitcache.storage.recorded import refuse_lost_recording
-from logitcache.storage.records import Commit, Generation, Part, newest_generation, numbered
+from logitcache.storage.records import (
+    Commit,
+    Generation,
+    Part,
+    newest_generation,
+    numbered,
+    refuse_another_manifest,
+)
 from logitcache.storage.terms import refuse_another, refuse_fewer
 
 
@@ -117,6 +124,11 @@ class LabelSetWriter:
         from logitcache.storage.zarr_library import library_metadata
 
         places, files = self._places, self._files
+        if numbered(places.commits) or numbered(places.generations):
+            raise NotALabelSet(
+                f"{places.group} is missing, and shards that were committed stand beside it: restore it; or remove "
+                f"{self.path}, and the shards with it"
+            )
         # The name of the lock file: without it a power cut could leave what passes for a foreign folder.
         files.fsync(self.path)
         files.make_folder(places.staging)
@@ -161,6 +173,7 @@ class LabelSetWriter:
         for name in ("stamps", "served"):
             for path in self.path.glob(f"{name}.*.*"):
                 self._files.remove(path)
+        refuse_another_manifest(self._places.generations, self._places.commits, self.layout)
         on_disk = numbered(self._places.commits)
         self._refuse_beyond(on_disk)
         self._remove_uncommitted(set(on_disk))

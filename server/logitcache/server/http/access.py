@@ -30,6 +30,9 @@ OPEN = frozenset({"/healthz", "/readyz"})
 
 _READS = frozenset({"GET", "HEAD"})
 
+_READABLE = frozenset({"/metrics", "/openapi.json", "/docs", "/v1/label-sets"})
+"""Paths that may be read, besides those of label sets and jobs."""
+
 _LABEL_SETS: Mapping[tuple[str, str], KeyScope] = {
     ("POST", "fetch"): "read",
     ("POST", "missing"): "read",
@@ -65,8 +68,9 @@ def needed(method: str, path: str) -> KeyScope | None:
     if method in _READS:
         if path in OPEN:
             return None
-        # Logs of jobs tell what the operator's own code printed.
-        return "write" if path.startswith("/v1/jobs") else "read"
+        if path == "/v1/jobs" or path.startswith("/v1/jobs/"):
+            return "write"  # their logs tell what the operator's own code printed
+        return "read" if path in _READABLE or path.startswith("/v1/label-sets/") else "admin"
     if (method, path) == ("POST", "/v1/jobs"):
         return "write"
     return _LABEL_SETS.get((method, _asked_of_label_set(path)), "admin")

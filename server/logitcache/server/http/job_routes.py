@@ -1,7 +1,6 @@
 """The routes of jobs: each a few lines over the queue. Without a configuration they say how to give one."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -45,11 +44,10 @@ async def ask_for_a_job(queue: InQueue, request: Request, response: Response) ->
     failed or was cancelled is queued anew, one that succeeded only with `again`."""
     if media_type(dict(request.scope["headers"]).get(b"content-type")) != JSON:
         raise RequestRefused(f"a job is asked for in JSON: send {JSON} and say so in Content-Type", status=415)
-    body = None
-    with suppress(TooManyRows):
-        body = await read_body(request, JSON)
-    if body is None or len(body) > MOST_BYTES:
-        raise RequestRefused("a request for a job takes some hundred bytes: send the names alone", status=413)
+    try:
+        body = await read_body(request, JSON, MOST_BYTES)
+    except TooManyRows:
+        raise RequestRefused("a request for a job takes some hundred bytes: send the names alone", status=413) from None
     job, queued = await run_in_threadpool(lambda: queue.ask(parse_asked(body)))
     response.status_code = 202 if queued else 200
     response.headers["Location"] = f"{jobs.prefix}/{job.id}"
