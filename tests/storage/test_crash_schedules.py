@@ -259,6 +259,16 @@ def test_what_is_taken_up_after_a_kill_at_any_operation_outlasts_a_power_cut(
     print(f"\n{name}: {kills} kills, {states} states of the disk after the power cut that follows")
 
 
+def test_folders_of_arrays_are_durable_before_the_manifest_that_describes_them(
+    paths: dict[str, WritePath], tmp_path: Path
+) -> None:
+    """Of names that were not synced a power cut may leave any: the last one, and none before it."""
+    done = operations_of(paths["create, commit, seal"], tmp_path / "root")
+    named = max(number for number, operation in enumerate(done) if operation == ("link", "zarr.json"))
+    made = max(number for number, operation in enumerate(done) if operation == ("make_folder", "scalars"))
+    assert ("fsync", "set") in done[made:named]
+
+
 # The tests above can fail: of code that leaves out a sync they find it.
 
 FORGOTTEN = {

@@ -135,12 +135,15 @@ class LabelSetWriter:
         self._clear_staging()
         files.remove(places.served)  # of another label set
         self._make_folders()
-        for key, data in library_metadata(self.layout).items():
+        *arrays, group = library_metadata(self.layout).items()
+        for key, data in arrays:
             final = self.path / key
             files.make_folder(final.parent)
-            if key != "zarr.json":
-                files.remove(final)
+            files.remove(final)
             files.create(self._staged(key.replace("/", ".")), final, data)
+        # When it is named, what it describes is there: also after a power cut.
+        files.fsync(self.path)
+        files.create(self._staged("zarr.json"), self.path / "zarr.json", group[1])
 
     def _make_folders(self) -> None:
         """Folders that may be empty: what copied the label set may have left them out."""
