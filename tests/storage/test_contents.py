@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def test_a_repair_never_takes_another_target_id_or_input(tmp_path: Path, changed
             writer.commit(1, arrays | {changed: other}, {})
         writer.commit(1, arrays | {"logits": arrays["logits"] * 2}, {})
         assert writer.seal().number == 2
+
+
+def test_what_is_larger_in_quarantine_than_it_can_be_is_not_read(tmp_path: Path) -> None:
+    source = reference(2, ids="integer")
+    path = build(tmp_path / "s" / "set", source)
+    (path / "commits" / "1.json").write_bytes(b"")
+    writer_of(path, source).close()
+    (aside,) = path.glob("quarantine/*-shard-1/ids.*")
+    os.truncate(aside, 1 << 42)  # a hole that takes an hour to read
+    with writer_of(path, source) as writer:
+        commit_shards(writer, source, [1])
+        assert writer.seal().number == 1
 
 
 def test_a_repair_is_held_to_the_examples_that_were_sealed_and_not_to_those_withdrawn_before(tmp_path: Path) -> None:

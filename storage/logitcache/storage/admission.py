@@ -24,7 +24,7 @@ from logitcache.storage.files import Files
 from logitcache.storage.layout import TEXTS, Layout
 from logitcache.storage.places import Places
 from logitcache.storage.reading import blocks, open_file, parsed, read_file, refuse_holes, status
-from logitcache.storage.records import Commit, Part
+from logitcache.storage.records import Commit, Part, most_texts
 
 Stamp = tuple[int, int, int]
 """inode, size in bytes, change time in nanoseconds of one file."""
@@ -259,6 +259,9 @@ def _commit_of_files(places: Places, layout: Layout, shard: int, folder: Path) -
         handle = open_file(places.root, path, ShardDamaged)
         try:
             size, state = os.fstat(handle).st_size, hashlib.sha256()
+            most = layout.chunk_bytes(layout.arrays[name]) if name in layout.arrays else most_texts(layout, shard)
+            if size > most:
+                raise ShardDamaged(f"{path} has {size:,} bytes, more than {most:,}", shard=shard)
             for block in blocks(handle, size, path, ShardDamaged):
                 state.update(block)
         finally:

@@ -72,6 +72,11 @@ class Commit:
         return cls(shard, parts, sha256_hex(data))
 
 
+def most_texts(layout: Layout, shard: int) -> int:
+    """Bytes that the text ids of a shard may take."""
+    return 1 + len(layout.span(shard)) * MAX_TEXT_JSON_BYTES
+
+
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64
 
@@ -83,7 +88,7 @@ def _commit_content(layout: Layout, shard: int, parts: dict[str, Part]) -> dict[
     for name, array in layout.arrays.items():
         if parts[name].bytes != layout.chunk_bytes(array):
             raise ValueError(f"{name} has {parts[name].bytes} bytes in it, not {layout.chunk_bytes(array)}")
-    if TEXTS in parts and not 0 < parts[TEXTS].bytes <= 1 + len(span) * MAX_TEXT_JSON_BYTES:
+    if TEXTS in parts and not 0 < parts[TEXTS].bytes <= most_texts(layout, shard):
         raise ValueError(f"its texts have {parts[TEXTS].bytes} bytes")
     return {
         "shard": shard,

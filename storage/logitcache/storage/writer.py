@@ -95,6 +95,7 @@ class LabelSetWriter:
             refuse_lost_recording(self._places)
             if self._places.group.exists():
                 self.layout = read_layout(path)
+                refuse_another_manifest(self._places.generations, self._places.commits, self.layout)
                 refuse_another(path.name, self.layout, layout.identity, layout.rows_per_shard)
                 refuse_fewer(path.name, self.layout, layout.examples)
             else:
@@ -176,7 +177,6 @@ class LabelSetWriter:
         for name in ("stamps", "served"):
             for path in self.path.glob(f"{name}.*.*"):
                 self._files.remove(path)
-        refuse_another_manifest(self._places.generations, self._places.commits, self.layout)
         on_disk = numbered(self._places.commits)
         self._refuse_beyond(on_disk)
         self._remove_uncommitted(set(on_disk))
