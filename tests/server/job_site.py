@@ -4,7 +4,8 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ import httpx
 from tests.server import job_specimens
 
 from logitcache.server.config import Config
-from logitcache.server.jobs.folder import FOLDER, read_jobs
+from logitcache.server.jobs.folder import FOLDER, JobFolder, read_jobs
+from logitcache.server.jobs.job import Asked, Job
 from logitcache.server.jobs.process import JobProcess
+from logitcache.server.jobs.queue import Jobs
+
+GRACE_S = 0.5
 
 DEADLINE_S = 120.0
 """Jobs begin processes that import torch, on machines that are shared."""
@@ -146,3 +151,24 @@ class Asker:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
+
+
+@contextmanager
+def watching(jobs: Jobs) -> Iterator[Jobs]:
+    """The queue without HTTP, at work."""
+    jobs.start()
+    try:
+        yield jobs
+    finally:
+        jobs.close()
+
+
+def written(
+    site: Site, label_set: str, teacher: str | list[str] = "one", state: Callable[[Job], Job] = lambda job: job
+) -> Job:
+    """A job that an earlier server left in the store, in some state."""
+    (site.store / ".jobs").mkdir(exist_ok=True)
+    request = Asked(label_set=label_set, teacher=teacher, dataset="points", top_k=3, rows_per_shard=4096).request()
+    job = state(Job.of(request))
+    JobFolder(site.store / ".jobs", job.id).write(job)
+    return job

@@ -46,7 +46,6 @@ from logitcache.labels.soft_labels import SoftLabels
 from logitcache.server.http import id_lists, openapi
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
-from logitcache.server.http.id_lists import without_ids
 from logitcache.server.http.messages import MAX_REQUEST_BYTES
 from logitcache.server.http.recording_routes import MOST_BYTES
 from logitcache.server.http.serve import running
@@ -291,26 +290,6 @@ def test_a_long_body_is_not_waited_for_where_nothing_would_be_recorded(
         assert statuses(answer) == [403]
     answer = exchanged(server, f"PUT /v1/label-sets/Run/recording HTTP/1.1\r\n{head}".encode())
     assert statuses(answer) == [422]
-
-
-IDS_OF_ALL_FORMS: list[list[int] | list[str]] = [
-    [3, -1, 2**63 - 1],
-    list(range(20_000)),
-    ["]", '"', "\\", '","', "\n\t", "ids", "é😀", "a" * 4096, "\x01" * 4096],
-    [f"photo-{number}" for number in range(20_000)],
-]
-
-
-@pytest.mark.parametrize("ids", IDS_OF_ALL_FORMS)
-@pytest.mark.parametrize("options", [{}, {"indent": 4}, {"separators": (",", ":")}, {"ensure_ascii": False}])
-def test_ids_are_found_wherever_they_stand_and_however_they_are_written(ids: Any, options: dict[str, Any]) -> None:
-    others = {"rank": 0, "terms": {"ids": ["no", {"ids": [1]}], "identity": '"ids": ['}}
-    for asked in ({"ids": ids, **others}, {**others, "ids": ids}):
-        rest, found = without_ids(json.dumps(asked, **options).encode())
-        assert json.loads(rest) == others | {"ids": None}
-        assert found is not None
-        assert np.array_equal(found.keys, as_ids(ids).keys)
-        assert found.texts == (ids if isinstance(ids[0], str) else None)
 
 
 @pytest.mark.parametrize(
