@@ -8,10 +8,11 @@ from click.testing import CliRunner
 
 from logitcache.labels.errors import InvalidRequest
 from logitcache.server.cli import cli
+from logitcache.server.complaints import parse_json
 from logitcache.server.config import Config
 from logitcache.server.http.serve import listening
 from logitcache.server.jobs.command import check_registered
-from logitcache.server.jobs.job import parse_asked
+from logitcache.server.jobs.job import Asked
 
 WHOLE = """\
 store = "labels"
@@ -250,6 +251,6 @@ def test_what_the_guide_shows_is_a_configuration_and_a_request(tmp_path: Path) -
     guide = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
     (toml,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
     (body,) = re.findall(r"-d '(.*?)'", guide, re.DOTALL)
-    asked = parse_asked(body.encode()).request()
+    asked = parse_json(Asked, body.encode()).request()
     check_registered(asked, Config.read(write(tmp_path, toml)))
     assert asked.temperatures == [1.0, 2.0, 4.0]

@@ -329,16 +329,16 @@ def test_the_list_is_bounded_and_a_damaged_state_file_is_passed_over(tmp_path: P
 def test_jobs_that_cannot_be_read_now_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site.make(tmp_path)
     job = written(site, "a", state=lambda job: job.over("cancelled"))
-    away, read_bytes, refused = [True], Path.read_bytes, threading.Event()
+    away, os_open, refused = [True], os.open, threading.Event()
 
-    def short_of_files(self: Path) -> bytes:
-        if away[0] and self.name == "job.json":
+    def short_of_files(path: Any, *rest: Any, **options: Any) -> int:
+        if away[0] and path == "job.json":
             refused.set()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return read_bytes(self)
+        return os_open(path, *rest, **options)
 
     monkeypatch.setattr(queue, "TROUBLE_S", 0.01)
-    monkeypatch.setattr(Path, "read_bytes", short_of_files)
+    monkeypatch.setattr(os, "open", short_of_files)
     with watching(Jobs(site.store, site.config)) as jobs:
         assert refused.is_set()
         with pytest.raises(StorageFault):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from logitcache.labels.errors import InvalidName, InvalidRequest, NotRegistered
+from logitcache.server.complaints import parse_json
 from logitcache.server.config import Config, JobOptions, RegisteredDataset, RegisteredTeacher
 from logitcache.server.jobs.command import arguments, check_registered
 from logitcache.server.jobs.inbox import Wish
@@ -18,7 +19,6 @@ from logitcache.server.jobs.job import (
     JobRequest,
     Outcome,
     ProcessId,
-    parse_asked,
 )
 from logitcache.server.jobs.rules import LONGEST_WAIT_S, End, due, ended, prunable
 
@@ -357,4 +357,4 @@ def test_what_no_precompute_would_take_is_refused_at_once(changes: Any, kind: ty
 )
 def test_a_body_that_is_no_request_is_refused_and_its_field_named(body: bytes, told: str) -> None:
     with pytest.raises(InvalidRequest, match=told):
-        parse_asked(body)
+        parse_json(Asked, body)

@@ -1,9 +1,33 @@
-"""What pydantic complains of, as one error of ours that names each field. Knows nothing of HTTP."""
+"""A body of JSON as a model has it, or what pydantic complains of, as one error of ours that names each field.
+
+Where a model has alternatives, their `pydantic.Tag` stands in angle brackets: pydantic puts it among the names of the
+field, and the client wrote none such. Knows nothing of HTTP.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from logitcache.labels.errors import SHOWN, InvalidIds, InvalidRequest
+from pydantic import BaseModel, ValidationError
+
+from logitcache.labels.errors import SHOWN, InvalidIds, InvalidRequest, RequestRefused
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def parse_json(model: type[_Body], body: bytes) -> _Body:
+    """A body of JSON as the model has it.
+
+    Raises:
+        RequestRefused: the body is not JSON.
+        InvalidIds, InvalidRequest: it says something that cannot be; each field is named.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        if found[0]["type"] == "json_invalid":
+            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
+        raise invalid_request(found) from None
 
 
 def invalid_request(errors: Iterable[Mapping[str, Any]]) -> InvalidRequest:
@@ -17,5 +41,5 @@ def invalid_request(errors: Iterable[Mapping[str, Any]]) -> InvalidRequest:
 
 
 def _field(place: Sequence[int | str]) -> str:
-    """Name of a field as the client wrote it: the framework puts where it stood in front."""
-    return ".".join(str(part) for part in place if part not in ("body", "query", "path"))
+    """Name of a field as the client wrote it: the framework puts where it stood in front, pydantic the alternative."""
+    return ".".join(str(part) for part in place if part not in ("body", "query", "path") and str(part)[:1] != "<")

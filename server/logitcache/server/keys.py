@@ -19,6 +19,7 @@ from logitcache.labels.errors import InvalidRequest, NotFound, StorageFault, Una
 from logitcache.labels.identity import check_name
 from logitcache.server.names import near_or_all
 from logitcache.storage.files import Files, explained
+from logitcache.storage.reading import names, read_file, refuse_links
 
 FOLDER = ".keys"
 """In the store; no label set can have this name."""
@@ -85,6 +86,7 @@ class Keys:
         if not self.folder.is_dir():
             files.make_folder(self.folder)
             files.fsync(self.store)
+        refuse_links(self.folder)
         with explained(self.folder):
             self.folder.chmod(0o700)
         if final.exists():
@@ -112,12 +114,11 @@ class Keys:
             Unavailable: the store is not there: whether it has keys is not known.
             StorageFault: the folder cannot be read.
         """
-        with explained(self.folder):
-            if self.folder.exists():
-                return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
-            if not self.store.is_dir():
+        found = names(self.store, self.folder)
+        with explained(self.store):
+            if not found and not self.store.is_dir():
                 raise _away(f"there is no store {self.store} now, so its keys are not known", AWAY_S)
-        return []
+        return sorted(name.removesuffix(".json") for name in found if name.endswith(".json") and name[0] != ".")
 
     def read(self) -> list[Key]:
         """All keys, by name.
@@ -126,7 +127,20 @@ class Keys:
             Unavailable: as of `names`.
             StorageFault: one cannot be read, or is none.
         """
-        return [_read(self.folder / f"{name}.json") for name in self.names()]
+        return [key for name in self.names() if (key := self._read(name)) is not None]
+
+    def _read(self, name: str) -> Key | None:
+        """One key; None if it was revoked a moment ago."""
+        path = self.folder / f"{name}.json"
+        try:
+            key = Key.model_validate_json(read_file(self.store, path, MOST_BYTES))
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            key = None
+        if key is None or key.name != name:
+            raise StorageFault(f"{path} holds no key of that name; remove it, and make the key anew")
+        return key
 
 
 class KnownKeys:
@@ -178,11 +192,3 @@ def _away(why: str, retry_after_s: float) -> Unavailable:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _read(path: Path) -> Key:
-    try:
-        with explained(path), path.open("rb") as file:
-            return Key.model_validate_json(file.read(MOST_BYTES))
-    except ValidationError:
-        raise StorageFault(f"{path} holds no key; remove it, and make the key anew") from None

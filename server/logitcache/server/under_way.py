@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from logitcache.labels.errors import StorageFault
+from logitcache.storage.reading import read_file
+
 NAME = "under-way.txt"
 """The file, beside that of the progress."""
 
@@ -44,7 +47,6 @@ class UnderWay:
 def last_under_way(folder: Path) -> str:
     """What a process that is gone was doing when it ended; empty where that is not known."""
     try:
-        with (folder / NAME).open("rb") as file:
-            return file.read(LONGEST).decode(errors="replace").strip()
-    except OSError:
+        return read_file(folder, folder / NAME, LONGEST).decode(errors="replace").strip()
+    except (FileNotFoundError, StorageFault):
         return ""

@@ -1,8 +1,9 @@
-"""Opening and reading a label set's files as if somebody hostile had written them.
+"""Opening and reading a store's files as if somebody hostile had written them.
 
-A file is opened only if it is a regular one that is reached from the label set's folder through folders: no symbolic
-link is followed, at no level below the store, and no pipe or device is waited for. What is read as a whole is bounded
-before it is read. Hard links look like any file and cannot be told apart. It knows nothing of what the files hold.
+A file is opened only if it is a regular one that is reached from the label set's folder, or that of keys or jobs,
+through folders: no symbolic link is followed, at no level below the store, and no pipe or device is waited for. What is
+read as a whole is bounded before it is read. Hard links look like any file and cannot be told apart. It knows nothing
+of what the files hold.
 """
 
 import errno
@@ -29,7 +30,7 @@ LARGE_BYTES = 64 << 20
 
 
 def open_file(root: Path, path: Path, refused: type[StorageFault] = StorageFault) -> int:
-    """A handle, to read from, of a file of the label set in ``root``.
+    """A handle, to read from, of a file below the folder ``root``.
 
     Raises:
         FileNotFoundError: it, or a folder on the way, is not there.
@@ -41,7 +42,7 @@ def open_file(root: Path, path: Path, refused: type[StorageFault] = StorageFault
         handle = _open(name, _FILE, folder, path, refused)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise refused(f"{path} is not a regular file: no label set has such a thing", path=str(path))
+        raise refused(f"{path} is not a regular file: logitcache writes no such thing", path=str(path))
     return handle
 
 
@@ -51,14 +52,19 @@ def read_file(root: Path, path: Path, most: int, refused: type[StorageFault] = S
     try:
         size = os.fstat(handle).st_size
         if size > most:
-            raise refused(f"{path} has {size:,} bytes: it is too long to be a label set's", path=str(path))
+            raise refused(f"{path} has {size:,} bytes: logitcache writes none that long there", path=str(path))
         return b"".join(blocks(handle, size, path, refused))
     finally:
         os.close(handle)
 
 
+def is_foreign(error: StorageFault) -> bool:
+    """What is there is nothing that logitcache wrote; otherwise it could not be looked at, which may pass."""
+    return "errno" not in error.details
+
+
 def names(root: Path, folder: Path) -> list[str]:
-    """Names in a folder of the label set; none when there is no such folder.
+    """Names in ``root`` or a folder below it; none when there is no such folder.
 
     Raises:
         StorageFault: it is a symbolic link, no folder, or cannot be listed.
@@ -87,7 +93,7 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def refuse_links(root: Path) -> None:
-    """Refuse a label set whose folder is a symbolic link, or holds one: what is behind it is not the store's.
+    """Refuse a folder that is a symbolic link, or holds one: what is behind it is not the store's.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -195,7 +201,7 @@ def _irregular(name: str | Path, folder: int | None, path: Path, refused: type[S
         mode = 0
     if stat.S_ISLNK(mode):
         return _is_link(path, refused)
-    return refused(f"{path} is neither a file nor a folder of a label set", path=str(path))
+    return refused(f"{path} is neither a file nor a folder", path=str(path))
 
 
 def _is_link(path: Path, refused: type[StorageFault]) -> StorageFault:

@@ -7,10 +7,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from logitcache.labels.errors import NotRegistered, RequestRefused, TooManyRows
+from logitcache.server.complaints import parse_json
 from logitcache.server.http import openapi
 from logitcache.server.http.load import enough_threads
 from logitcache.server.http.messages import JSON, media_type, read_body
-from logitcache.server.jobs.job import JobDetail, JobState, parse_asked
+from logitcache.server.jobs.job import Asked, JobDetail, JobState
 from logitcache.server.jobs.queue import Jobs
 
 jobs = APIRouter(
@@ -48,7 +49,7 @@ async def ask_for_a_job(queue: InQueue, request: Request, response: Response) ->
         body = await read_body(request, JSON, MOST_BYTES)
     except TooManyRows:
         raise RequestRefused("a request for a job takes some hundred bytes: send the names alone", status=413) from None
-    job, queued = await run_in_threadpool(lambda: queue.ask(parse_asked(body)))
+    job, queued = await run_in_threadpool(lambda: queue.ask(parse_json(Asked, body)))
     response.status_code = 202 if queued else 200
     response.headers["Location"] = f"{jobs.prefix}/{job.id}"
     return job

@@ -9,17 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
 from starlette.requests import ClientDisconnect, Request
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RequestRefused, TooManyRows, shown
 from logitcache.labels.ids import MAX_TEXT_BYTES, Ids, as_ids
 from logitcache.labels.label_set import OnMissing
-from logitcache.server.complaints import invalid_request
+from logitcache.server.complaints import parse_json
 from logitcache.server.http.load import Load
 from logitcache.server.http.record import Record
 
@@ -36,20 +36,16 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ON_MISSING: dict[str, OnMissing] = {"error": "error", "mask": "mask"}
 
 
-_TAGS = frozenset({"whole numbers", "texts", "one range", "a range each", "one view", "a view each"})
-"""Names of alternatives that pydantic puts into the place of an error; the client wrote none of them."""
-
-
 def _kind_of_ids(ids: Any) -> str:
-    return "texts" if isinstance(ids, list) and ids and isinstance(ids[0], str) else "whole numbers"
+    return "<texts>" if isinstance(ids, list) and ids and isinstance(ids[0], str) else "<numbers>"
 
 
 def _kind_of_rows(rows: Any) -> str:
-    return "a range each" if isinstance(rows, list) and rows and isinstance(rows[0], list) else "one range"
+    return "<ranges>" if isinstance(rows, list) and rows and isinstance(rows[0], list) else "<range>"
 
 
 def _kind_of_view(view: Any) -> str:
-    return "a view each" if isinstance(view, list) else "one view"
+    return "<views>" if isinstance(view, list) else "<view>"
 
 
 class _FirstOnly(FailFast):
@@ -66,17 +62,17 @@ _NUMBERS = WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBER})
 _TEXTS = WithJsonSchema({"type": "array", "minItems": 1, "items": _TEXT})
 
 IdList = Annotated[
-    Annotated[list[int], _FirstOnly(), Tag("whole numbers"), _NUMBERS]
-    | Annotated[list[str], _FirstOnly(), Tag("texts"), _TEXTS],
+    Annotated[list[int], _FirstOnly(), Tag("<numbers>"), _NUMBERS]
+    | Annotated[list[str], _FirstOnly(), Tag("<texts>"), _TEXTS],
     Discriminator(_kind_of_ids),
 ]
 _Rows = Annotated[
-    Annotated[tuple[int, int], Tag("one range")] | Annotated[list[tuple[int, int]], _FirstOnly(), Tag("a range each")],
+    Annotated[tuple[int, int], Tag("<range>")] | Annotated[list[tuple[int, int]], _FirstOnly(), Tag("<ranges>")],
     Discriminator(_kind_of_rows),
 ]
 
 _View = Annotated[
-    Annotated[int, Tag("one view")] | Annotated[list[int], _FirstOnly(), Tag("a view each")],
+    Annotated[int, Tag("<view>")] | Annotated[list[int], _FirstOnly(), Tag("<views>")],
     Discriminator(_kind_of_view),
 ]
 
@@ -249,25 +245,6 @@ def parse_missing(body: bytes, kind: str) -> MissingRequest:
     if "rows" in arrays:
         raise InvalidRequest("rows: whether an example has labels is not asked by the row")
     return MissingRequest(_ids(arrays), _digest(options.get("digest")))
-
-
-_Body = TypeVar("_Body", bound=BaseModel)
-
-
-def parse_json(model: type[_Body], body: bytes) -> _Body:
-    """A JSON body as the model has it; errors as in `parse_fetch`."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        if found[0]["type"] == "json_invalid":
-            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
-        raise invalid_request([_told(entry) for entry in found]) from None
-
-
-def _told(error: Mapping[str, Any]) -> dict[str, Any]:
-    """A complaint of pydantic with the place as the client wrote it."""
-    return {"loc": tuple(part for part in error["loc"] if part not in _TAGS), "msg": error["msg"]}
 
 
 def _parse_safetensors(

@@ -10,10 +10,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from logitcache.labels.errors import InvalidRequest, RequestRefused
+from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who
+from logitcache.server.complaints import parse_json
 from logitcache.server.http import openapi
 from logitcache.server.http.id_lists import without_ids
-from logitcache.server.http.messages import JSON, SAFETENSORS, IdList, media_type, parse_json, read_body
+from logitcache.server.http.messages import JSON, SAFETENSORS, IdList, media_type, read_body
 from logitcache.server.http.record import Record
 from logitcache.server.http.recordings import Recordings
 
@@ -69,15 +71,26 @@ async def begin_recording(name: openapi.Name, recordings: InRecordings, request:
     body = await _body(request, name, JSON, MOST_BYTES)
 
     def begin() -> Stand:
-        rest, ids = without_ids(body)
-        asked = parse_json(BeginBody, rest)
-        try:
-            terms = RecordingTerms.from_json(asked.terms)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidRequest(f"terms: {error}") from None
-        return recordings.begin(name, terms, asked.who(), asked.ids if ids is None else ids, asked.like)
+        asked, terms, ids = parse_begin(body)
+        return recordings.begin(name, terms, asked.who(), ids, asked.like)
 
     return _told(await _written(request, name, begin))
+
+
+def parse_begin(body: bytes) -> tuple[BeginBody, RecordingTerms, Ids | None]:
+    """What is to be recorded, out of a JSON body, with the ids of its examples where they are told.
+
+    Raises:
+        RequestRefused, InvalidIds, InvalidRequest, TooManyRows: as of `without_ids` and `parse_json`.
+    """
+    rest, ids = without_ids(body)
+    asked = parse_json(BeginBody, rest)
+    if ids is None and asked.ids is not None:
+        ids = as_ids(asked.ids)
+    try:
+        return asked, RecordingTerms.from_json(asked.terms), ids
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(f"terms: {error}") from None
 
 
 @recording.post("/{name}/record", openapi_extra=openapi.RECORD_BODY, responses=openapi.RECORD_ANSWER)

@@ -7,11 +7,10 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from logitcache.labels.errors import InvalidRequest, LogitcacheError, RequestRefused, Unavailable
 from logitcache.labels.identity import check_name
-from logitcache.labels.ids import Ids, as_ids
+from logitcache.labels.ids import Ids
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.name_locks import NameLocks
@@ -33,7 +32,7 @@ class Recordings:
         self._sealings: dict[str, Future[None]] = {}
         self._threads, self._stopping = ThreadPoolExecutor(1, "seal"), threading.Event()
 
-    def begin(self, name: str, terms: RecordingTerms, who: Who, ids: Any, like: str | None) -> Stand:
+    def begin(self, name: str, terms: RecordingTerms, who: Who, ids: Ids | None, like: str | None) -> Stand:
         """A recorder begins; ``ids`` are those of the examples, or of ``like``, another label set of the store.
 
         Raises:
@@ -41,12 +40,11 @@ class Recordings:
             LogitcacheError: as `storage.recording.Recording` and its ``begin``.
         """
         self.check(name)
-        known: Ids | None = None if ids is None else as_ids(ids)
         if like is not None:
-            if known is not None:
+            if ids is not None:
                 raise InvalidRequest("ids and like both say what the examples are: give one of them")
-            known = self._catalog.get(like).example_ids()
-        recording = self._opened(name, terms, known)
+            ids = self._catalog.get(like).example_ids()
+        recording = self._opened(name, terms, ids)
         self._catalog.look_again()
         recording.begin(who)
         return recording.stand()

@@ -26,7 +26,8 @@ from logitcache.server.jobs.recording import OUTCOME, PROGRESS, is_alive, write_
 from logitcache.server.logs import logger
 from logitcache.server.under_way import NAME as UNDER_WAY
 from logitcache.server.under_way import last_under_way
-from logitcache.storage.files import Files, explained
+from logitcache.storage.files import Files
+from logitcache.storage.reading import is_foreign, names, open_file, read_file, refuse_links
 
 FOLDER = ".jobs"
 """In the store; no label set can have this name."""
@@ -38,6 +39,9 @@ TAIL_LINES, TAIL_BYTES = 50, 16 << 10
 
 JOB_ID = re.compile(r"[0-9a-f]{16}")
 
+MOST_BYTES = 1 << 20
+"""Of a file that is read as a whole, a wish among them: the body that asks for a job is far shorter."""
+
 _log = logger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,7 +51,7 @@ class JobFolder:
     """One job's files."""
 
     def __init__(self, jobs: Path, id: str) -> None:
-        self.path = jobs / id
+        self._jobs, self.path = jobs, jobs / id
 
     @property
     def log(self) -> Path:
@@ -68,8 +72,10 @@ class JobFolder:
         """Forget how an earlier attempt went, but for its log: in it the next one begins under a heading.
 
         Raises:
-            OSError, StorageFault: the log cannot be written, or a file not be removed.
+            OSError, StorageFault: the log cannot be written, or a file not be removed; or the folder is a symbolic link
+                or holds one: what is written there is not to go elsewhere.
         """
+        refuse_links(self.path)
         for name in (OUTCOME, PROGRESS, UNDER_WAY):
             Files().remove(self.path / name)
         if attempt > 1:
@@ -93,13 +99,13 @@ class JobFolder:
         Raises:
             StorageFault: it cannot be read, which says nothing of what it is.
         """
-        job = _read(self.path / JOB, Job)
+        job = self._read(JOB, Job)
         return job if job is not None and job.id == self.path.name else None
 
     def progress(self) -> Progress | None:
         """How far its process is, or was at its end; None where that cannot be read."""
         try:
-            return _read(self.path / PROGRESS, Progress)
+            return self._read(PROGRESS, Progress)
         except StorageFault:
             return None
 
@@ -109,7 +115,7 @@ class JobFolder:
         Raises:
             StorageFault: it cannot be read.
         """
-        return _read(self.path / OUTCOME, Outcome)
+        return self._read(OUTCOME, Outcome)
 
     def under_way(self) -> str:
         """What its process was doing when it ended; empty where that is not known."""
@@ -126,14 +132,26 @@ class JobFolder:
     def log_tail(self) -> list[str]:
         """The last lines of its log: `TAIL_LINES` and `TAIL_BYTES` at most."""
         try:
-            with self.log.open("rb") as file:
+            with os.fdopen(open_file(self._jobs, self.log), "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 start = file.seek(max(0, size - TAIL_BYTES))
                 lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
-        except OSError:
+        except (OSError, StorageFault):
             return []
         # The first may have been cut in two; a single one is all there is.
         return (lines[1:] if start and len(lines) > 1 else lines)[-TAIL_LINES:]
+
+    def _read(self, name: str, kind: type[Model]) -> Model | None:
+        path = self.path / name
+        try:
+            return kind.model_validate_json(read_file(self._jobs, path, MOST_BYTES))
+        except FileNotFoundError:
+            return None
+        except (StorageFault, ValidationError) as error:
+            if isinstance(error, StorageFault) and not is_foreign(error):
+                raise
+            _log.warning("job file cannot be read", path=str(path), why=str(error)[:500])
+            return None
 
 
 def read_jobs(jobs: Path) -> Iterator[Job]:
@@ -142,25 +160,6 @@ def read_jobs(jobs: Path) -> Iterator[Job]:
     Raises:
         StorageFault: one of them cannot be read.
     """
-    with explained(jobs):
-        try:
-            names = [name for name in os.listdir(jobs) if JOB_ID.fullmatch(name)]  # noqa: PTH208
-        except FileNotFoundError:
-            return
-    for name in names:
-        job = JobFolder(jobs, name).read()
-        if job is not None:
+    for name in names(jobs, jobs):
+        if JOB_ID.fullmatch(name) and (job := JobFolder(jobs, name).read()) is not None:
             yield job
-
-
-def _read(path: Path, kind: type[Model]) -> Model | None:
-    with explained(path):
-        try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        _log.warning("job file cannot be read", path=str(path), why=str(error)[:500])
-        return None

@@ -5,7 +5,6 @@ is about was written down. Whoever tells how jobs stand applies those that are l
 """
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,10 +13,12 @@ from pathlib import Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from logitcache.labels.errors import StorageFault
+from logitcache.server.jobs.folder import MOST_BYTES
 from logitcache.server.jobs.job import Job, JobRequest
 from logitcache.server.jobs.recording import write_json
 from logitcache.server.logs import logger
 from logitcache.storage.files import Files
+from logitcache.storage.reading import is_foreign, names, read_file
 
 _log = logger(__name__)
 
@@ -78,20 +79,19 @@ class Inbox:
     def wishes(self) -> Iterator[tuple[str, Wish]]:
         """Names and wishes, the earliest first. A file that is none is removed; what cannot be read is logged."""
         try:
-            names = sorted(name for name in os.listdir(self._folder) if name.endswith(".json"))  # noqa: PTH208
-        except FileNotFoundError:
-            return
-        except OSError as error:
+            left = sorted(name for name in names(self._folder, self._folder) if name.endswith(".json"))
+        except StorageFault as error:
             _log.warning("what was asked cannot be read", why=str(error))
             return
-        for name in names:
+        for name in left:
             try:
-                yield name, Wish.model_validate_json((self._folder / name).read_bytes())
+                yield name, Wish.model_validate_json(read_file(self._folder, self._folder / name, MOST_BYTES))
             except FileNotFoundError:
                 continue  # the server that runs the jobs was faster
-            except OSError as error:
-                _log.warning("what was asked cannot be read", name=name, why=str(error))
-            except ValidationError as error:
+            except (StorageFault, ValidationError) as error:
+                if isinstance(error, StorageFault) and not is_foreign(error):
+                    _log.warning("what was asked cannot be read", name=name, why=str(error))
+                    continue
                 _log.warning("what was asked is nothing that can be, and is dropped", name=name, why=str(error)[:500])
                 with contextlib.suppress(StorageFault):
                     self.remove(name)

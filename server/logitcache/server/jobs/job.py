@@ -3,7 +3,6 @@
 Values only; `folder` writes them down, `process` runs them, `queue` moves them on.
 """
 
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -15,13 +14,11 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
-from logitcache.labels.errors import InvalidRequest, RequestRefused
+from logitcache.labels.errors import InvalidRequest
 from logitcache.labels.identity import MAX_VIEWS, Dtype, canonical_json, check_name, declared, sha256_hex
-from logitcache.server.complaints import invalid_request
 from logitcache.storage.packing import check_rows_per_shard
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -37,8 +34,7 @@ MOST_ATTEMPTS = 20
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-_ONE, _SEVERAL = "one teacher", "several teachers"
-"""Names of alternatives that pydantic puts into the place of an error; the client wrote none of them."""
+_ONE, _SEVERAL = "<one teacher>", "<several teachers>"
 
 
 def _kind_of_teacher(teacher: Any) -> str:
@@ -285,24 +281,3 @@ class Job(JobState):
         """What the API tells of it alone."""
         told = {name: getattr(self, name) for name in JobState.model_fields}
         return JobDetail(**told, attempts=self.attempts, progress=progress, log=log)
-
-
-def parse_asked(body: bytes) -> Asked:
-    """A request for a job out of a JSON body.
-
-    Raises:
-        RequestRefused: the body is not JSON.
-        InvalidRequest: it says something that cannot be; each field is named.
-    """
-    try:
-        return Asked.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        if found[0]["type"] == "json_invalid":
-            raise RequestRefused(f"the body is not JSON: {found[0]['msg'].partition(': ')[2]}") from None
-        raise invalid_request([_told(entry) for entry in found]) from None
-
-
-def _told(error: Mapping[str, Any]) -> dict[str, Any]:
-    """A complaint of pydantic with the place as the client wrote it."""
-    return {"loc": tuple(part for part in error["loc"] if part not in (_ONE, _SEVERAL)), "msg": error["msg"]}
