@@ -1,5 +1,6 @@
 """What a caller hands over: ids that are whole numbers or texts, inputs that have one fingerprint everywhere."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_the_id_that_is_wrong_is_named(ids: Any, named: str) -> None:
     with pytest.raises(InvalidIds) as caught:
         as_ids(ids)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("long", ["x" * 60_000, b"x" * 60_000])
+def test_a_long_text_among_numbers_takes_no_memory_for_each_of_them(long: Any) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidIds, match="'xxx"):
+            as_ids([*range(8000), long])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["float32", "float64", "uint8", "int64", "float16"]))

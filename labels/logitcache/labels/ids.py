@@ -6,7 +6,7 @@ UTF-8 bytes, so that a batch of ids is one array whatever the texts are. Whether
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import xxhash
@@ -19,6 +19,8 @@ IdKind = Literal["ordinal", "integer", "text"]
 
 MAX_TEXT_BYTES = 4096
 """UTF-8 bytes that a text id may have: as many as a path of Linux."""
+
+_NO_NUMBERS = (str, bytes, bool, np.bool_)
 
 Keys = Int64[np.ndarray, " ids"] | UInt64[np.ndarray, "ids 2"]
 
@@ -76,6 +78,10 @@ def as_ids(ids: Any) -> Ids:
         raise InvalidIds(f"ids must be a sequence of whole numbers or of texts, not {type(ids).__name__}")
     if isinstance(ids, list | tuple) and ids and isinstance(ids[0], str):
         return _texts(ids)
+    listed = isinstance(ids, list | tuple)
+    # NumPy would read True as 1, and give every number of a list the room of its longest text.
+    if listed and any(issubclass(kind, _NO_NUMBERS) for kind in set(map(type, ids))):
+        _refuse(ids)
     try:
         array = np.asarray(ids)
     except (ValueError, OverflowError, TypeError) as error:
@@ -84,14 +90,10 @@ def as_ids(ids: Any) -> Ids:
         raise InvalidIds(f"ids must be one-dimensional, not of shape {array.shape}; for one example pass [id]")
     if array.size == 0:
         raise InvalidIds("ids is empty: ask for at least one example")
-    # Of a list that begins with a number NumPy makes texts, too.
-    if not isinstance(ids, list | tuple) and (array.dtype.kind in "UT" or isinstance(array[0], str)):
+    if not listed and (array.dtype.kind in "UT" or isinstance(array[0], str)):
         return _texts(array.tolist())
-    # NumPy would read True as 1.
-    if array.dtype.kind not in "iu" or (
-        isinstance(ids, list | tuple) and not {bool, np.bool_}.isdisjoint(map(type, ids))
-    ):
-        _refuse(ids, array)
+    if array.dtype.kind not in "iu":
+        _refuse(ids if listed else array)
     if array.dtype == np.uint64 and bool((array > np.iinfo(np.int64).max).any()):
         raise InvalidIds(f"id {int(array.max())} is beyond 64 signed bits")
     return Ids(np.ascontiguousarray(array, np.int64))
@@ -142,15 +144,15 @@ def _texts(texts: Sequence[Any]) -> Ids:
     return Ids(text_keys(texts), texts)
 
 
-def _refuse(ids: Any, array: np.ndarray) -> None:
-    """Name the first id that is wrong; NumPy has turned a mixed list into floats, texts or objects by now."""
-    for value in ids if isinstance(ids, list | tuple) else array:
+def _refuse(ids: Iterable[Any]) -> NoReturn:
+    """Name the first id that is wrong."""
+    for value in ids:
         # NumPy counts a time span among its whole numbers.
         if isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, int | np.integer):
             raise InvalidIds(f"id {repr(value)[:60]} is not a whole number, but {type(value).__name__}")
         if not -(2**63) <= int(value) < 2**63:
             raise InvalidIds(f"id {str(value)[:60]} is beyond 64 signed bits")
-    raise InvalidIds(f"ids must be whole numbers or texts, not {array.dtype}")
+    raise InvalidIds("ids must be whole numbers or texts")
 
 
 def check_kind(ids: Ids, kind: IdKind, name: str) -> None:
