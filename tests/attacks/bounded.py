@@ -1,5 +1,7 @@
 """Readers of hostile input, held to a bound of memory and of time."""
 
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -51,3 +53,10 @@ class Bounded:
     def __str__(self) -> str:
         told = ", ".join(f"{name} {count:,}" for name, count in self.found.most_common())
         return f"{told}; at most {self.peak_bytes / 2**20:.1f} MiB and {1000 * self.longest_s:.0f} ms each"
+
+
+def said_apart(statement: str) -> str:
+    """The last line that a statement prints in a process of its own: without the run-time check of annotations, as it
+    is shipped, and ten times as fast."""
+    done = subprocess.run([sys.executable, "-c", statement], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1]

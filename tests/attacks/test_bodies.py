@@ -8,8 +8,6 @@ import copy
 import itertools
 import json
 import random
-import subprocess
-import sys
 from typing import Any
 
 import httpx
@@ -19,7 +17,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.attacks import bodies
-from tests.attacks.bounded import Bounded, Reader
+from tests.attacks.bounded import Bounded, Reader, said_apart
 from tests.client.rows import dense_logits, description, truncated
 
 from logitcache.client import HttpLabelSet
@@ -162,9 +160,7 @@ def test_sound_bodies_changed_at_random_are_refused_or_read_as_the_library_reads
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_many_more_bodies_changed_at_random() -> None:
-    # In a process of its own, without the run-time check of annotations: as it is shipped, and ten times as fast.
-    fuzzing = "from tests.attacks.test_bodies import SEED, fuzz; print(fuzz(SEED + 1, 200_000))"
-    told = subprocess.run([sys.executable, "-c", fuzzing], check=True, stdout=subprocess.PIPE, text=True).stdout
+    told = said_apart("from tests.attacks.test_bodies import SEED, fuzz; print(fuzz(SEED + 1, 200_000))")
     print(f"\nbodies changed at random (seed {SEED + 1}): 200,000, by {len(READERS)} readers: {told}")
 
 

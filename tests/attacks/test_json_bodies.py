@@ -6,13 +6,11 @@ Sound bodies of every route are changed at random from a seed written down here:
 import copy
 import json
 import random
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.attacks.bounded import Bounded, Reader
+from tests.attacks.bounded import Bounded, Reader, said_apart
 from tests.server.conftest import IDENTITY
 
 from logitcache.labels.errors import InvalidIds, InvalidRequest, LogitcacheError, RequestRefused, TooManyRows
@@ -191,7 +189,5 @@ def test_json_changed_at_random_is_refused_or_read_as_the_json_module_reads_it()
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_much_more_json_changed_at_random() -> None:
-    # In a process of its own, without the run-time check of annotations: as it is shipped, and ten times as fast.
-    fuzzing = "from tests.attacks.test_json_bodies import SEED, fuzz; print(fuzz(SEED + 1, 200_000))"
-    told = subprocess.run([sys.executable, "-c", fuzzing], check=True, stdout=subprocess.PIPE, text=True).stdout
+    told = said_apart("from tests.attacks.test_json_bodies import SEED, fuzz; print(fuzz(SEED + 1, 200_000))")
     print(f"\nJSON changed at random (seed {SEED + 1}): 200,000 bodies: {told}")

@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.attacks.bounded import said_apart
 
 from logitcache.labels.errors import KeyRefused, LogitcacheError, StorageFault
 from logitcache.server.http.access import Access
@@ -285,10 +284,8 @@ def test_changed_keys_and_jobs_open_and_break_nothing(store: Path) -> None:
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_many_changed_keys_and_jobs_open_and_break_nothing(store: Path) -> None:
-    # In a process of its own, without the run-time check of annotations: as it is shipped.
-    fuzzing = (
+    told = said_apart(
         "from pathlib import Path; from tests.attacks.test_keys_and_jobs import SEED, fuzz; "
         f"print(fuzz(Path({str(store)!r}), SEED + 1, 50_000))"
     )
-    told = subprocess.run([sys.executable, "-c", fuzzing], check=True, stdout=subprocess.PIPE, text=True).stdout
-    print(f"\n50,000 each (seed {SEED + 1}): {told.splitlines()[-1]}")  # before it stands the log
+    print(f"\n50,000 each (seed {SEED + 1}): {told}")
