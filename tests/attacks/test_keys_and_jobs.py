@@ -103,6 +103,18 @@ def test_a_folder_of_keys_that_is_a_link_lets_nobody_in(store: Path, tmp_path: P
     assert [path.name for path in (tmp_path / "theirs" / ".keys").iterdir()] == ["theirs.json"]
 
 
+def test_the_store_itself_may_be_a_link(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(store)
+    keys = Keys(tmp_path / "linked")
+    secret = keys.make("good", "read")
+    known = KnownKeys(keys)
+    known.read_again()
+    assert known.find(secret) is not None
+    (store / FOLDER).mkdir()
+    JobFolder(tmp_path / "linked" / FOLDER, REQUEST.job_id).write(Job.of(REQUEST, datetime.now(UTC)))
+    assert [job.id for job in read_jobs(tmp_path / "linked" / FOLDER)] == [REQUEST.job_id]
+
+
 def test_a_key_under_another_name_than_its_own_is_refused_since_nobody_could_revoke_it(store: Path) -> None:
     Keys(store).make("trainer", "read")
     (store / ".keys" / "trainer.json").rename(store / ".keys" / "other.json")

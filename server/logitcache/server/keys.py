@@ -114,7 +114,7 @@ class Keys:
             Unavailable: the store is not there: whether it has keys is not known.
             StorageFault: the folder cannot be read.
         """
-        found = names(self.store, self.folder)
+        found = names(self.folder, self.folder)
         with explained(self.store):
             if not found and not self.store.is_dir():
                 raise _away(f"there is no store {self.store} now, so its keys are not known", AWAY_S)
@@ -133,7 +133,7 @@ class Keys:
         """One key; None if it was revoked a moment ago."""
         path = self.folder / f"{name}.json"
         try:
-            key = Key.model_validate_json(read_file(self.store, path, MOST_BYTES))
+            key = Key.model_validate_json(read_file(self.folder, path, MOST_BYTES))
         except FileNotFoundError:
             return None
         except ValidationError:
