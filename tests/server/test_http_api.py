@@ -113,6 +113,18 @@ def test_an_accept_that_allows_nothing_on_offer_is_406(server: httpx.Client) -> 
     assert "application/json" in problem_of(answer, RequestRefused, 406).message
 
 
+@pytest.mark.parametrize("quality", ["nan", "inf", "1_0", "-1", "2", "0.0001", "", "0", "+1"])
+def test_a_quality_that_is_none_allows_nothing(server: httpx.Client, quality: str) -> None:
+    answer = server.post(FETCH, json={"ids": [1]}, headers={"Accept": f"*/*;q={quality}"})
+    problem_of(answer, RequestRefused, 406)
+
+
+def test_long_headers_are_not_told_back(server: httpx.Client) -> None:
+    long = "x" * 30_000
+    assert len(server.post(FETCH, json={"ids": [1]}, headers={"Accept": long}).content) < 1000
+    assert len(server.post(FETCH, content=b"", headers={"Content-Type": long}).content) < 1000
+
+
 @pytest.mark.parametrize("sent", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_a_body_of_another_type_is_415(server: httpx.Client, sent: str | None) -> None:
     answer = server.post(FETCH, content=b'{"ids": [1]}', headers={"Content-Type": sent} if sent else {})

@@ -16,7 +16,7 @@ from tests.server.test_http_api import problem_of
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, RangeOutside, TooManyRows
 from logitcache.labels.ids import as_ids
-from logitcache.labels.label_set import Description
+from logitcache.labels.label_set import Description, row_spec
 from logitcache.server.http import openapi, rows_json
 from logitcache.server.http.rows_json import fetch_rows
 from logitcache.storage import LocalLabelSet
@@ -57,8 +57,9 @@ def test_json_of_ragged_rows_holds_what_safetensors_holds(shapes_server: httpx.C
 def test_json_holds_fewer_rows_where_they_have_many_logits(
     shapes_server: httpx.Client, books: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    k = len(shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at([0]), "rows": [0, 1]}).json()["indices"][0])
-    monkeypatch.setattr(rows_json, "MAX_JSON_LOGITS", 4 * k + k - 1)
+    spec = row_spec(books.layout.identity)
+    one = spec.k + len(spec.columns)
+    monkeypatch.setattr(rows_json, "MAX_JSON_NUMBERS", 4 * one + one - 1)
     first = {"rows": [0, 1]}
     assert shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at(range(4))} | first).status_code == 200
     answer = shapes_server.post(f"{BOOKS}/fetch", json={"ids": books.at(range(5))} | first)
@@ -66,10 +67,22 @@ def test_json_holds_fewer_rows_where_they_have_many_logits(
     assert answer.json()["limit"] == 4
     long = books.at([int(np.argmax(books.row_counts))])[0]
     path = f"{BOOKS}/examples/{quote(str(long), safe='')}"
-    assert problem_of(shapes_server.get(path), TooManyRows, 413).details["limit"] == 4
-    assert shapes_server.get(path, params={"rows": "0:4"}).status_code == 200
-    monkeypatch.setattr(rows_json, "MAX_JSON_LOGITS", 1)
-    assert shapes_server.get(path, params={"rows": "0:1"}).status_code == 200
+    with_probabilities = one + len(spec.temperatures) * (spec.k + 1)
+    most = (5 * one - 1) // with_probabilities
+    assert problem_of(shapes_server.get(path), TooManyRows, 413).details["limit"] == most
+    assert shapes_server.get(path, params={"rows": f"0:{most}"}).status_code == 200
+
+
+def test_json_holds_a_single_long_row_and_none_that_is_longer(
+    shapes_server: httpx.Client, books: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = row_spec(books.layout.identity)
+    one = spec.k + len(spec.columns) + len(spec.temperatures) * (spec.k + 1)
+    path, params = f"{BOOKS}/examples/{quote(str(books.at([0])[0]), safe='')}", {"rows": "0:1"}
+    monkeypatch.setattr(rows_json, "MAX_JSON_NUMBERS", -(-one // 4))
+    assert shapes_server.get(path, params=params).status_code == 200
+    monkeypatch.setattr(rows_json, "MAX_JSON_NUMBERS", (one - 1) // 4)
+    assert problem_of(shapes_server.get(path, params=params), TooManyRows, 413).details["limit"] == 0
 
 
 def test_a_target_that_is_none_is_null(shapes_server: httpx.Client, books: Reference) -> None:

@@ -197,9 +197,27 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 def test_another_protocol_is_not_changed_to(server: httpx.Client) -> None:
     with connected(server) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\n" + HOST + UPGRADE + b"\r\n")
-        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
-        connection.sendall(LAST)
-        assert statuses(rest(connection)) == [200]
+        answer = rest(connection)
+    assert statuses(answer) == [200]
+    assert b"connection: close" in answer.lower()
+
+
+def test_what_comes_behind_an_upgrade_or_connect_is_not_waited_for_in_vain(server: httpx.Client) -> None:
+    for first in (b"GET /healthz HTTP/1.1\r\n" + HOST + UPGRADE, b"CONNECT /healthz HTTP/1.1\r\n" + HOST):
+        answer = exchanged(server, first + b"\r\n" + LAST)
+        assert len(statuses(answer)) == 1
+        assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip", b"chunked, chunked", b"identity"])
+def test_another_transfer_coding_is_refused(server: httpx.Client, coding: bytes) -> None:
+    framed = b"Transfer-Encoding: " + coding + b"\r\n\r\n" + ONE_CHUNK
+    assert statuses(exchanged(server, POST + framed))[0] == 400
+
+
+@pytest.mark.parametrize("line", [b"GET /healthz HTTP/2.0", b"GET /healthz HTTP/0.9", b"GET /healthz HTTP/1.2"])
+def test_another_version_is_refused(server: httpx.Client, line: bytes) -> None:
+    assert statuses(exchanged(server, line + b"\r\n" + HOST + b"\r\n")) == [400]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from logitcache.labels.ids import as_ids
 from logitcache.labels.label_set import Description
 from logitcache.labels.recorded import RecordedRows, RecordingTerms, Stand, Who, recorder_id
 from logitcache.labels.soft_labels import SoftLabels
-from logitcache.server.http import id_lists, openapi
+from logitcache.server.http import catalog, id_lists, openapi, recordings
 from logitcache.server.http.app import create_app
 from logitcache.server.http.catalog import Catalog
 from logitcache.server.http.messages import MAX_REQUEST_BYTES
@@ -264,6 +264,130 @@ def test_examples_that_cannot_be_are_refused(
     terms = terms_of(ids="integer").to_json()
     answer = server.put(f"{RUN}/recording", json={"rank": 0, "sitting": 1, "terms": terms} | asked)
     assert says in problem_of(answer, kind, kind.status).message
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"),
+    [
+        ("integer", [f"photo-{number}" for number in range(EXAMPLES)]),
+        ("integer", ["abcd"] + [f"efgh{number}" for number in range(11)]),
+        ("text", list(range(EXAMPLES))),
+    ],
+)
+def test_ids_of_the_other_kind_are_refused_before_anything_is_made(
+    server: httpx.Client, store: Path, kind: str, ids: list[Any]
+) -> None:
+    terms = terms_of(ids=kind).to_json()
+    answer = server.put(f"{RUN}/recording", json={"rank": 0, "sitting": 1, "terms": terms, "ids": ids})
+    assert "whole numbers" in problem_of(answer, InvalidIds, 422).message
+    assert not (store / "run-1").exists()
+
+
+def test_ids_of_another_number_or_kind_do_not_continue_a_recording(server: httpx.Client, store: Path) -> None:
+    told = {"rank": 0, "sitting": 1, "terms": terms_of(ids="integer").to_json()}
+    assert server.put(f"{RUN}/recording", json=told | {"ids": list(range(EXAMPLES))}).status_code == 200
+    others = ([1], list(range(EXAMPLES - 1)), list(range(EXAMPLES + 1)), [str(id) for id in range(EXAMPLES)])
+    for ids in others:
+        answer = server.put(f"{RUN}/recording", json=told | {"ids": ids})
+        assert "ids was '12 whole numbers'" in problem_of(answer, IdentityChanged, 409).message
+    with running(create_app(Catalog(store), record=True)) as url:  # one that has not opened it
+        answer = httpx.put(f"{url}{RUN}/recording", json=told | {"ids": [1]})
+    assert answer.status_code in (409, 422)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"temperatures": [1.0 + number / 10 for number in range(102)]}, "100 can be declared"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**4000}, "seed"),
+        ({"format_version": 2}, "format_version"),
+        ({"format_version": 0}, "format_version"),
+        ({"k": 3_000_000, "classes": 3_000_000}, "store fewer classes"),
+    ],
+)
+def test_terms_that_nobody_could_read_or_hold_are_refused(
+    server: httpx.Client, store: Path, changes: dict[str, Any], says: str
+) -> None:
+    terms = terms_of().to_json()
+    terms["identity"] |= changes
+    answer = server.put(f"{RUN}/recording", json={"rank": 0, "sitting": 1, "terms": terms})
+    assert says in problem_of(answer, InvalidRequest, 422).message
+    assert not (store / "run-1").exists()
+
+
+def test_a_sitting_that_was_replaced_seals_nothing(server: httpx.Client) -> None:
+    begin(server)
+    begin(server, sitting=5)
+    send(server, body_of([0, 1], who=Who(0, 5)))
+    finish(server, sitting=5)
+    problem_of(finish(server, part=True), RecorderReplaced, 409)
+    assert server.get(RUN).json()["digest"] is None
+
+
+def test_more_recordings_than_are_held_open_are_all_recorded_into(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recordings, "MOST_OPEN", 3)
+    names = [f"run-{number}" for number in range(1, 8)]
+    before = len(open_files())
+    for name in names:
+        begin(server, name=name)
+    for _ in range(2):
+        for name in names:
+            assert send(server, body_of([3, 1]), name).status_code == 200
+    assert len(open_files()) - before < 3 * 3 + len(names) + 5
+    assert [server.get(f"/v1/label-sets/{name}").json()["labelled"] for name in names] == [2] * len(names)
+
+
+def test_fetches_are_answered_while_it_is_sealed(server: httpx.Client) -> None:
+    for number in range(10):
+        name = f"run-{number}"
+        begin(server, name=name)
+        send(server, body_of(range(EXAMPLES)), name)
+        path, over = f"/v1/label-sets/{name}", threading.Event()
+
+        def fetched(path: str = path, over: threading.Event = over) -> set[int]:
+            statuses = set()
+            while not over.is_set():
+                statuses.add(server.post(f"{path}/fetch", json={"ids": [3, 1]}).status_code)
+            return statuses
+
+        with ThreadPoolExecutor(4) as threads:
+            fetching = [threads.submit(fetched) for _ in range(4)]
+            while server.post(f"{path}/recording/finish", json={"rank": 0, "sitting": 1}).json()["digest"] is None:
+                continue
+            for _ in range(20):
+                assert server.get(path).json()["digest"]
+            over.set()
+        assert [one.result() for one in fetching] == [{200}] * 4
+
+
+def test_a_label_set_that_was_sealed_stays_open_for_those_who_read_it_and_not_for_ever(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Catalog(store)
+    with running(create_app(served, record=True)) as url, httpx.Client(base_url=url, timeout=60) as server:
+        begin(server)
+        send(server, body_of(range(EXAMPLES)))
+        reader = served.get("run-1")
+        assert sealed(server).digest
+        served.look_again()
+        assert served.get("run-1") is not reader
+        assert removed_logs() == 1
+        assert len(reader.fetch([3])) == 1
+        monkeypatch.setattr(catalog, "IN_USE_S", 0.0)
+        served.save_tallies()
+        assert removed_logs() == 0, "its log takes room on the disk as long as it is open"
+
+
+def removed_logs() -> int:
+    links = [os.readlink(f"/proc/self/fd/{number}") for number in open_files()]  # noqa: PTH115
+    return sum(link.endswith("/recording/log (deleted)") for link in links)
+
+
+def open_files() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{name}").is_symlink()]  # noqa: PTH208
 
 
 def test_bodies_that_are_too_long_or_of_another_type_are_not_read(server: httpx.Client) -> None:

@@ -25,6 +25,13 @@ MAX_CLASSES = 2**31 - 1
 MAX_VIEWS = 4096
 """Most views that an example may have."""
 
+MAX_TEMPERATURES = 100
+"""Most temperatures that a label set declares besides 1: each is a scalar of a row, and stands in the header of every
+answer."""
+
+MAX_SEED = 2**63 - 1
+"""Largest seed of views."""
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """What a label set's name, and every other name that goes into addresses and paths, must match."""
 
@@ -104,6 +111,8 @@ class Identity:
             raise ValueError(f"k={value['k']}, classes={value['classes']}, views={value['views']} are out of bounds")
         if value["views"] > 1 and value["alignment"] == "causal":
             raise ValueError("token sequences have one view")
+        if value["seed"] > MAX_SEED:
+            raise ValueError("seed is beyond 63 bits")
         for name, known in _WORDS.items():
             if value[name] not in known or type(value[name]) is not type(known[0]):
                 raise ValueError(f"{name}={value[name]!r} is unknown")
@@ -136,7 +145,7 @@ def declared(temperatures: Iterable[float]) -> tuple[float, ...]:
 
     Raises:
         InvalidRequest: one is not a finite number in [0.01, 1000]: outside, float16 logits say nothing about the
-            distribution.
+            distribution; or they are more than `MAX_TEMPERATURES`.
     """
     temperatures = tuple(temperatures)
     for temperature in temperatures:
@@ -144,7 +153,10 @@ def declared(temperatures: Iterable[float]) -> tuple[float, ...]:
             raise InvalidRequest(f"temperature {temperature!r} is not a number")
         if not 0.01 <= temperature <= 1000:
             raise InvalidRequest(f"temperature {temperature!r} is not between 0.01 and 1000")
-    return tuple(sorted({1.0, *map(float, temperatures)}))
+    found = {1.0, *map(float, temperatures)}
+    if len(found) > 1 + MAX_TEMPERATURES:
+        raise InvalidRequest(f"{len(found) - 1:,} temperatures besides 1, {MAX_TEMPERATURES} can be declared")
+    return tuple(sorted(found))
 
 
 def check_name(name: str) -> str:

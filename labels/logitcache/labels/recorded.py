@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from logitcache.labels import wire
 from logitcache.labels.errors import InvalidIds, InvalidRequest, MalformedMessage, ShapeMismatch, TeacherFault, shown
-from logitcache.labels.identity import Identity, TeacherId
+from logitcache.labels.identity import FORMAT_VERSION, Identity, TeacherId
 from logitcache.labels.ids import Ids, as_ids
 from logitcache.labels.label_set import row_spec
 from logitcache.labels.soft_labels import RowSpec, SoftLabels, are_splits, concatenate
@@ -97,6 +97,8 @@ class RecordingTerms:
         if not 1 <= value["recorders"] <= MAX_RECORDERS:
             raise ValueError(f"{value['recorders']} recorders are not 1 to {MAX_RECORDERS}")
         identity = Identity.from_json(value["identity"])
+        if identity.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version={identity.format_version!s:.40} is not {FORMAT_VERSION}")
         if value["examples"] * identity.views > MAX_PLACES:
             raise ValueError(
                 f"{value['examples']} examples of {identity.views} views are more than {MAX_PLACES:,} rows"

@@ -38,8 +38,8 @@ MOST_FRAME_ROWS = 1 << 24
 MOST_FRAME_BYTES = 1 << 30
 """A header that tells more rows, or rows of more bytes, is none of ours."""
 
-MOST_ROW_BYTES = 1 << 28
-"""Wider rows are not recorded."""
+MOST_ROW_BYTES = 8 << 20
+"""Wider rows are not recorded: each frame begins with a slot as long as a row. A million classes fit."""
 
 _SCANNED_BYTES = 1 << 20
 """Bytes behind the last whole frame that are looked through at once."""
@@ -143,8 +143,7 @@ class Log:
         """The last frame that was read is not there any more: it could not be made durable, and was cut off."""
         if not self._last_header:
             return False
-        head = self._read(self._last, 1)
-        return head is None or head[0, : HEADER.itemsize].tobytes() != self._last_header
+        return self._header(self._last) != self._last_header
 
     def follow(self) -> Iterator[tuple[Frame, np.ndarray]]:
         """The frames that were appended since the last call, and their rows, (rows,) of the slots' dtype; ends at the
@@ -156,10 +155,10 @@ class Log:
 
     def _frame(self, at: int) -> tuple[Frame, np.ndarray] | None:
         """The frame whose header is in this slot, if it is whole. Read and not mapped: a torn one may be cut off."""
-        head = self._read(at, 1)
-        if head is None:
+        content = self._header(at)
+        if content is None:
             return None
-        header = head[0, : HEADER.itemsize].view(HEADER)[0]
+        header = np.frombuffer(content, HEADER)[0]
         count, kind = int(header["rows"]), int(header["kind"])
         if bytes(header["magic"]) != MAGIC or count > self.most_rows or kind not in set(Kind):
             return None
@@ -169,7 +168,7 @@ class Log:
         if frame is None or int(header["checksum"]) != _checksum(frame, self.number + at):
             return None
         rows = frame[1:].reshape(-1).view(self.dtype)
-        self._last, self._last_header = at, header.tobytes()
+        self._last, self._last_header = at, content
         return Frame(Kind(kind), int(header["rank"]), int(header["sitting"]), at + 1, count), rows
 
     def _is_whole(self, at: int, count: int) -> bool:
@@ -185,6 +184,12 @@ class Log:
                 return False
             state.update(rows.data)
         return int(head[0, : HEADER.itemsize].view(HEADER)[0]["checksum"]) == state.intdigest()
+
+    def _header(self, at: int) -> bytes | None:
+        """What begins a slot, if it is there."""
+        with explained(self.path):
+            content = os.pread(self._handle, HEADER.itemsize, at * self.dtype.itemsize)
+        return content if len(content) == HEADER.itemsize else None
 
     def _read(self, at: int, slots: int) -> UInt8[np.ndarray, "slots bytes"] | None:
         """So many slots from one on, None if the file has fewer."""

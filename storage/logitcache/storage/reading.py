@@ -52,7 +52,7 @@ def read_file(root: Path, path: Path, most: int, refused: type[StorageFault] = S
     try:
         size = os.fstat(handle).st_size
         if size > most:
-            raise refused(f"{path} has {size:,} bytes: logitcache writes none that long there", path=str(path))
+            raise refused(f"{path} has {size:,} bytes: it is too long to be logitcache's", path=str(path))
         return b"".join(blocks(handle, size, path, refused))
     finally:
         os.close(handle)

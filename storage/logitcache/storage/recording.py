@@ -10,6 +10,7 @@ between, it is taken up where it was.
 """
 
 import contextlib
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from logitcache.labels.errors import (
     RowsMissing,
     StorageFault,
     StoreNotFound,
+    Unavailable,
     shown,
 )
 from logitcache.labels.identity import check_name
@@ -78,7 +80,7 @@ class Recording:
         check_name(path.name)
         self.path, self.name, self._places, self._files = path, path.name, Places(path), files or Files()
         if terms is not None:
-            _check_ids(terms, ids)
+            _check_ids(terms, ids, self.name)
             self._claim_folder()
         elif not self._places.recording.exists():
             raise InvalidRequest(f"{self.name!r} is not being recorded: there is nothing to continue")
@@ -94,7 +96,7 @@ class Recording:
             if terms is not None:
                 self.check_terms(terms, ids)
             self._recorded.follow()
-            self._log = LogWriter(self._recorded.log, self._files)
+            self._log, self._closed = LogWriter(self._recorded.log, self._files), False
             undo.pop_all()
 
     @property
@@ -111,6 +113,8 @@ class Recording:
         if self._places.group.exists() and not self._places.recording.exists():
             raise IdentityChanged(f"there is a label set {self.name!r} already: record under another name")
         known = self._places.lock.exists() or self._places.recording.exists()
+        if (found := status(self.path)) is not None and not stat.S_ISDIR(found.st_mode):
+            raise NotALabelSet(f"{self.path} is no folder: use another name")
         if self.path.is_dir() and not known and any(self.path.iterdir()):
             raise NotALabelSet(f"{self.path} holds files that logitcache did not write: use another name")
         self._files.make_folder(self.path)
@@ -154,7 +158,11 @@ class Recording:
         found, fields = self._recorded, self._recorded.terms.differences(terms)
         if not fields and (found.ids is None) != (ids is None):
             fields["ids"] = ("ordinals", "their own") if found.ids is None else ("their own", "ordinals")
-        if not fields and ids is not None and found.ids is not None and not np.array_equal(ids.keys, found.ids.keys):
+        if fields or ids is None or found.ids is None:
+            pass
+        elif ids.keys.shape != found.ids.keys.shape:
+            fields["ids"] = (_told(found.ids), _told(ids))
+        elif not np.array_equal(ids.keys, found.ids.keys):
             first = [int((ids.keys != found.ids.keys).reshape(len(ids), -1).any(axis=1).argmax())]
             fields["ids"] = (f"…{shown(found.ids.at(first))}…", f"…{shown(ids.at(first))}…")
         if fields:
@@ -195,6 +203,7 @@ class Recording:
             IdentityChanged: the recording is being sealed.
             TooManyRows: more than a frame of the log may have; nothing of it was recorded.
             DiskFull, StoreNotWritable, StorageFault: nothing of it was recorded.
+            Unavailable: the recording was closed meanwhile.
         """
         check_kind(rows.ids, self.terms.identity.ids, self.name)
         check_recorded(rows, self.terms, self.name)
@@ -217,9 +226,10 @@ class Recording:
         """One of the recorders has recorded all that it has. Errors as of `append`."""
         with self._appending:
             progress = self._recorded.progress()
-            if not progress.sealing and who.rank not in progress.finished:
+            if not progress.sealing:
                 self._check_sitting(who)
-                self._append(Kind.FINISHED, who)
+                if who.rank not in progress.finished:
+                    self._append(Kind.FINISHED, who)
 
     def stand(self) -> Stand:
         """How the recording stands."""
@@ -276,6 +286,8 @@ class Recording:
         )
 
     def _append(self, kind: Kind, who: Who, rows: np.ndarray | None = None) -> None:
+        if self._closed:
+            raise Unavailable(f"recording {self.name!r} was closed at this moment: try again")
         self._log.append(kind, who.rank, who.sitting, rows)
         self._recorded.follow()
 
@@ -312,6 +324,7 @@ class Recording:
     def close(self) -> None:
         """Let another process record, when what is being appended is; a second call does nothing."""
         with self._appending:
+            self._closed = True
             self._log.close()
             self._recorded.close()
             self._lock.release()
@@ -325,7 +338,11 @@ class Recording:
         self.close()
 
 
-def _check_ids(terms: RecordingTerms, ids: Ids | None) -> None:
+def _told(ids: Ids) -> str:
+    return f"{len(ids):,} {'texts' if ids.are_texts else 'whole numbers'}"
+
+
+def _check_ids(terms: RecordingTerms, ids: Ids | None, name: str) -> None:
     if (ids is None) != (terms.identity.ids == "ordinal"):
         raise InvalidRequest("the ids of the examples are needed where they are not their ordinals, and only there")
     try:
@@ -339,6 +356,7 @@ def _check_ids(terms: RecordingTerms, ids: Ids | None) -> None:
         return
     if ids.are_texts and ids.texts is None:
         raise InvalidIds("the ids of a new label set are needed as texts, and not as their hashes")
+    check_kind(ids, terms.identity.ids, name)
     if len(ids) != terms.examples:
         raise InvalidRequest(f"{len(ids):,} ids were given for {terms.examples:,} examples")
     if pairs := repeated(ids.keys):

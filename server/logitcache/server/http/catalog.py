@@ -24,6 +24,9 @@ from logitcache.storage.places import Places
 LOOK_AGAIN_S = 0.5
 """How long a listing of the store is trusted."""
 
+IN_USE_S = 60.0
+"""How long a label set stays open that is gone or was replaced: a request may be reading from it."""
+
 AWAY_S = 5.0
 """When to ask again for a store that is not there."""
 
@@ -52,6 +55,7 @@ class Catalog:
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Manifest | None, Readable]] = {}
+        self._retired: list[tuple[float, Readable]] = []
         self._opening = NameLocks()
         self._complained: dict[str, str] = {}
         self._names: list[str] = []
@@ -112,8 +116,11 @@ class Catalog:
                 self._complain(name, error)
 
     def save_tallies(self) -> None:
-        """Write down what was served of each open label set, where it changed and this process may."""
+        """Write down what was served of each open label set, where it changed and this process may; called now and
+        then, so what nobody reads from any more is closed as well.
+        """
         with self._lock:
+            self._close_retired(time.monotonic() - IN_USE_S)
             opened = [label_set for _, label_set in self._open.values()]
         for label_set in opened:
             label_set.save_tally()
@@ -122,7 +129,8 @@ class Catalog:
         """Close every label set. One that is asked for afterwards is opened anew."""
         with self._lock:
             for name in list(self._open):
-                self._forget(name)
+                self._retire(name)
+            self._close_retired(float("inf"))
 
     def _look(self) -> list[str]:
         """List the store if the last listing is old, and forget what is gone or was replaced."""
@@ -136,10 +144,11 @@ class Catalog:
             away.retry_after_s = AWAY_S
             raise away from error
         self._looked_at = time.monotonic()
+        self._close_retired(self._looked_at - IN_USE_S)
         for name in list(self._open):
             if name not in self._names or not self._still_stands(name):
                 _log.info("label set closed", label_set=name, why="its folder is gone or was replaced")
-                self._forget(name)
+                self._retire(name)
         return self._names
 
     def _still_stands(self, name: str) -> bool:
@@ -167,8 +176,13 @@ class Catalog:
         _log.info("label set opened", label_set=name, path=str(self.store / name))
         return label_set
 
-    def _forget(self, name: str) -> None:
-        self._open.pop(name)[1].close()
+    def _retire(self, name: str) -> None:
+        """Give it to nobody from now on."""
+        self._retired.append((time.monotonic(), self._open.pop(name)[1]))
+
+    def _close_retired(self, before_s: float) -> None:
+        while self._retired and self._retired[0][0] <= before_s:
+            self._retired.pop(0)[1].close()
 
     def _manifest(self, name: str) -> Manifest | None:
         places = Places(self.store / name)

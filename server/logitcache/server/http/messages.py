@@ -31,6 +31,9 @@ MAX_REQUEST_BYTES = {SAFETENSORS: 16 << 20, JSON: 2 << 20}
 """A longer request body is not read: as many ids as a label set's default limits allow take half a MiB, keys of texts
 with a range each 2 MiB, and JSON is parsed at some 4 MB/s in the worst case, during which nothing else runs."""
 
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+"""RFC 9110, 12.4.2."""
+
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _ON_MISSING: dict[str, OnMissing] = {"error": "error", "mask": "mask"}
@@ -139,7 +142,7 @@ def media_type(content_type: bytes | None) -> str:
     given = (content_type or b"").decode("latin-1").partition(";")[0].strip().lower()
     if given not in OFFERED:
         raise RequestRefused(
-            f"a body of type {given!r} is not understood; send {JSON} or {SAFETENSORS} and say so in Content-Type",
+            f"a body of type {given[:80]!r} is not understood; send {JSON} or {SAFETENSORS} and say so in Content-Type",
             status=415,
             offered=list(OFFERED),
         )
@@ -163,7 +166,7 @@ def answer_type(accept: bytes | None, default: str) -> str:
     best = max((default, *OFFERED), key=quality)
     if quality(best) <= 0:
         raise RequestRefused(
-            f"Accept: {allowed} allows none of what is offered here: {JSON} and {SAFETENSORS}",
+            f"Accept: {allowed[:200]} allows none of what is offered here: {JSON} and {SAFETENSORS}",
             status=406,
             offered=list(OFFERED),
         )
@@ -172,10 +175,8 @@ def answer_type(accept: bytes | None, default: str) -> str:
 
 def _media_range(text: str) -> tuple[str, float]:
     name, *parameters = (part.strip().lower() for part in text.split(";"))
-    try:
-        return name, next((float(value[2:]) for value in parameters if value.startswith("q=")), 1.0)
-    except ValueError:
-        return name, 0.0
+    told = next((value[2:] for value in parameters if value.startswith("q=")), "1")
+    return name, float(told) if _QUALITY.fullmatch(told) else 0.0
 
 
 async def read_body(request: Request, kind: str, most: int | None = None) -> bytes:

@@ -184,7 +184,13 @@ class ProblemProtocol(HttpToolsProtocol):
             raise ValueError("a path ends before #, and could name another example")
         if self.parser.should_upgrade() and not {b"content-length", b"transfer-encoding"}.isdisjoint(names):
             raise ValueError("the parser takes the body behind an Upgrade for another protocol's")
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise ValueError("HTTP/1.1 is spoken here")
+        if any(name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in self.headers):
+            raise ValueError("chunked is the one transfer coding that is undone here")
         super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False  # the parser has dropped what came behind it
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body, which `messages.read_body` bounds."""

@@ -18,6 +18,10 @@ from logitcache.server.logs import logger
 from logitcache.storage import Recording
 from logitcache.storage.places import Places
 
+MOST_OPEN = 64
+"""Recordings that are held open, of three descriptors each. Beyond it the one that was not used longest is closed, and
+opened anew when it is recorded into."""
+
 _log = logger(__name__)
 
 
@@ -130,12 +134,17 @@ class Recordings:
                 if found is not None and (found.is_removed or found.is_broken):
                     self._forget(name)
                     found = None
+                if found is not None:
+                    self._open[name] = self._open.pop(name)  # used last
             if found is not None:
                 if terms is not None:
                     found.check_terms(terms, ids)
                 return found
             found = Recording(self._path(name), terms, ids)
             with self._lock:
+                idle = next((other for other in self._open if other not in self._sealings), None)
+                if len(self._open) >= MOST_OPEN and idle is not None:
+                    self._forget(idle)
                 self._open[name] = found
                 if self._stopping.is_set():  # too late for `close`
                     self._forget(name)

@@ -41,6 +41,7 @@ from logitcache.server.http.rows_json import (
     example_to_json,
     fetch_rows,
     most_rows,
+    numbers_a_row,
     parse_id,
     parse_rows,
     rows_to_json,
@@ -187,7 +188,7 @@ async def _answered(
 
 def _fetch(label_set: Readable, asked: FetchRequest, wanted: str, record: Record, load: Load) -> Response:
     record.tally = label_set.tally
-    most = _most_bytes(label_set, len(asked.ids), wanted)
+    most = _json_bytes(label_set, len(asked.ids)) if wanted == JSON else _most_bytes(label_set, len(asked.ids))
     load.hold(record, most)
     if wanted == JSON:
         soft = fetch_rows(label_set, asked.ids, **asked.options())
@@ -216,16 +217,22 @@ def _misses(soft: SoftLabels) -> int:
     return 0 if soft.present is None else int(len(soft.present) - soft.present.sum())
 
 
-def _most_bytes(label_set: Readable, ids: int, wanted: str) -> int:
+def _most_bytes(label_set: Readable, ids: int) -> int:
     """Of an answer to so many ids, before it is made.
 
     Of token sequences it is told afterwards: no more are made at once than there are threads, each within the limits.
     """
     spec = label_set.row_spec
-    if wanted == JSON:
-        most = most_rows(spec)
-        return JSON_BYTES * spec.nbytes(most if spec.ragged else min(ids, most), min(ids, most))
     return 0 if spec.ragged else min(Limits().response_bytes, spec.nbytes(ids, ids))
+
+
+def _json_bytes(label_set: Readable, ids: int, *, probabilities: bool = False) -> int:
+    """Of an answer in JSON to so many ids, before it is made."""
+    spec = label_set.row_spec
+    most = most_rows(spec, probabilities)
+    rows = most if spec.ragged else min(ids, most)
+    more = 4 * rows * (numbers_a_row(spec, probabilities) - numbers_a_row(spec, False))
+    return JSON_BYTES * (spec.nbytes(rows, min(ids, most)) + more)
 
 
 def _digest(digest: str | None) -> dict[str, str]:
@@ -248,8 +255,8 @@ def fetch_example(
         raise InvalidRequest(f"an example has no option {unknown[0][:40]!r}; it has view and rows")
     wanted = parse_id(id, label_set.identity.ids)
     load: Load = request.app.state.load
-    load.hold(record, _most_bytes(label_set, 1, JSON))
-    soft = fetch_rows(label_set, [wanted], view=view, rows=parse_rows(rows))
+    load.hold(record, _json_bytes(label_set, 1, probabilities=True))
+    soft = fetch_rows(label_set, [wanted], probabilities=True, view=view, rows=parse_rows(rows))
     record.rows = len(soft)
     return JSONResponse(example_to_json(wanted, soft), headers=_digest(soft.digest))
 

@@ -20,21 +20,23 @@ MAX_JSON_ROWS = 1024
 """Most examples, and most rows, of one JSON answer: text takes some eight times the bytes, and is made a number at a
 time."""
 
-MAX_JSON_LOGITS = 1 << 18
-"""Logits of one JSON answer: as many take a quarter of a second, during which nothing else runs."""
+MAX_JSON_NUMBERS = 1 << 18
+"""Logits, probabilities and scalars of one JSON answer: as many take a quarter of a second, during which nothing else
+runs. A single row may have four times as many."""
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,30}")
 _RANGE = re.compile(r"([0-9]{1,18}):([0-9]{1,18})")
 
 
-def fetch_rows(label_set: Readable, ids: Any, **options: Any) -> SoftLabels:
-    """Rows that one JSON answer can hold; more are refused before they are gathered.
+def fetch_rows(label_set: Readable, ids: Any, *, probabilities: bool = False, **options: Any) -> SoftLabels:
+    """Rows that one JSON answer can hold, with their ``probabilities`` or without; more are refused before they are
+    gathered.
 
     Raises:
         TooManyRows: above `most_rows`.
     """
     ids, spec = as_ids(ids), label_set.row_spec
-    most = most_rows(spec)
+    most = most_rows(spec, probabilities)
     _check_size(len(ids), "ids", most)
     try:
         return label_set.fetch(ids, limits=Limits(most, spec.nbytes(most, len(ids))), **options)
@@ -43,9 +45,16 @@ def fetch_rows(label_set: Readable, ids: Any, **options: Any) -> SoftLabels:
         raise
 
 
-def most_rows(spec: RowSpec) -> int:
-    """Rows that one JSON answer can hold: `MAX_JSON_ROWS`, fewer where they have many logits, and one however many."""
-    return max(1, min(MAX_JSON_ROWS, MAX_JSON_LOGITS // spec.k))
+def most_rows(spec: RowSpec, probabilities: bool) -> int:
+    """Rows that one JSON answer can hold: `MAX_JSON_ROWS`, fewer where they have many numbers; of the longest none."""
+    numbers = numbers_a_row(spec, probabilities)
+    return min(MAX_JSON_ROWS, MAX_JSON_NUMBERS // numbers) or int(numbers <= 4 * MAX_JSON_NUMBERS)
+
+
+def numbers_a_row(spec: RowSpec, probabilities: bool) -> int:
+    """Numbers of a row in JSON, its indices not counted."""
+    each = spec.k + len(spec.columns)
+    return each + len(spec.temperatures) * (spec.k + 1) if probabilities else each
 
 
 def _check_size(count: int, noun: str, most: int) -> None:
@@ -53,7 +62,7 @@ def _check_size(count: int, noun: str, most: int) -> None:
         raise TooManyRows(
             f"{count:,} {noun} are too many for one JSON answer, which may hold {most:,} of this label set: split the "
             "ids, ask for fewer rows of each where they have many, or for safetensors with "
-            f"`Accept: application/vnd.safetensors`",
+            "`POST /v1/label-sets/NAME/fetch` and `Accept: application/vnd.safetensors`",
             limit=most,
             rows=count,
         )

@@ -18,7 +18,15 @@ from pydantic import (
 )
 
 from logitcache.labels.errors import InvalidRequest
-from logitcache.labels.identity import MAX_VIEWS, Dtype, canonical_json, check_name, declared, sha256_hex
+from logitcache.labels.identity import (
+    MAX_TEMPERATURES,
+    MAX_VIEWS,
+    Dtype,
+    canonical_json,
+    check_name,
+    declared,
+    sha256_hex,
+)
 from logitcache.storage.packing import check_rows_per_shard
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -59,7 +67,7 @@ class JobRequest(BaseModel):
     )
     dataset: str = Field(description="A registered dataset.", examples=["train"])
     top_k: int = Field(ge=1, le=MOST_CLASSES, description="Classes to store of each row.")
-    temperatures: list[float] = Field(default=[], max_length=100, description="Those declared besides 1.")
+    temperatures: list[float] = Field(default=[], max_length=MAX_TEMPERATURES, description="Those declared besides 1.")
     dtype: Dtype = Field(default="float16", description="Of the stored logits.")
     batch_size: int | None = Field(default=None, ge=1, le=MOST_CLASSES, description="Examples a forward pass.")
     targets: bool | None = Field(
