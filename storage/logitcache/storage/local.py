@@ -44,7 +44,7 @@ from logitcache.storage.records import Commit, Generation
 from logitcache.storage.served import ServedTally
 from logitcache.storage.shards import ShardReport, Shards, Verify
 from logitcache.storage.state import State
-from logitcache.storage.statistics import RetainedMass, read_retained, read_teacher_time, summed
+from logitcache.storage.statistics import RetainedMass, read_statistics, retained_in, summed, teacher_time_in
 from logitcache.storage.store import is_folder, names_in
 
 ADMISSIONS = 3
@@ -380,7 +380,8 @@ class LocalLabelSet:
         for shard, commit in state.commits.items():
             known = self._made.get(shard)
             if known is None or known.commit is not commit:
-                known = _Made(commit, read_retained(places, shard), read_teacher_time(places, shard))
+                statistics = read_statistics(places, shard)
+                known = _Made(commit, retained_in(statistics), teacher_time_in(statistics))
                 self._made[shard] = known
             made.append(known)
         return made

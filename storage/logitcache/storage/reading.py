@@ -118,7 +118,7 @@ def blocks(handle: int, size: int, path: Path, refused: type[StorageFault] = Sto
     """
     offset = 0
     try:
-        while block := os.pread(handle, min(_BLOCK_BYTES, size - offset), offset):
+        while offset < size and (block := os.pread(handle, min(_BLOCK_BYTES, size - offset), offset)):
             yield block
             offset += len(block)
     except OSError as error:

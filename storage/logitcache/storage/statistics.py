@@ -43,10 +43,10 @@ def retained_mass(rows: SoftLabels) -> dict[str, dict[str, float]]:
     return found
 
 
-def read_retained(places: Places, shard: int) -> RetainedMass:
-    """A shard's retained mass; empty when its statistics do not read."""
+def retained_in(statistics: dict[str, Any]) -> RetainedMass:
+    """A shard's retained mass; empty where its statistics do not tell."""
     try:
-        entries = read_statistics(places, shard)["retained_mass"]
+        entries = statistics["retained_mass"]
         return {str(name): _retained(entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return {}
@@ -59,10 +59,10 @@ def _retained(entry: Any) -> tuple[int, float, float]:
     return rows, total, least
 
 
-def read_teacher_time(places: Places, shard: int) -> TeacherTime | None:
-    """What the teacher took for a shard's rows; None when its statistics do not tell."""
+def teacher_time_in(statistics: dict[str, Any]) -> TeacherTime | None:
+    """What the teacher took for a shard's rows; None where its statistics do not tell."""
     try:
-        found = TeacherTime.from_json(read_statistics(places, shard)["teacher_time"])
+        found = TeacherTime.from_json(statistics["teacher_time"])
     except (KeyError, TypeError, ValueError):
         return None
     return found if len(found.device) <= MAX_DEVICE_TEXT else None

@@ -33,7 +33,7 @@ from logitcache.storage.files import Files
 from logitcache.storage.layout import Layout
 from logitcache.storage.places import Places
 from logitcache.storage.records import Generation
-from logitcache.storage.statistics import read_retained, summed
+from logitcache.storage.statistics import read_statistics, retained_in, summed
 from logitcache.storage.writer import LabelSetWriter
 
 
@@ -228,7 +228,7 @@ def _summary(
         label_bytes=layout.used_bytes(layout.examples, layout.rows),
         unit="token" if layout.ragged else "row",
         seconds=seconds,
-        retained_mass=summed([read_retained(places, shard) for shard in range(layout.shards)]),
+        retained_mass=summed([retained_in(read_statistics(places, shard)) for shard in range(layout.shards)]),
         appended=layout.examples - (prepared.labelled if sealed is None else sealed.examples),
         repaired=tuple(shard for shard in labelled if shard < known),
         reproduced=sealed is None or generation.commits[:known] == sealed.commits,
