@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 from tests.building import reference
+from tests.server.job_site import until
 from tests.server.test_cli import refused, run
 from tests.server.test_http_api import JSON, SAFETENSORS, problem_of
 from tests.server.test_protocol import exchanged, statuses
@@ -374,7 +375,7 @@ def test_a_label_set_that_was_sealed_stays_open_for_those_who_read_it_and_not_fo
         assert sealed(server).digest
         served.look_again()
         assert served.get("run-1") is not reader
-        assert removed_logs() == 1
+        until(lambda: removed_logs() == 1, "the recorder to close it, and the reader not to")
         assert len(reader.fetch([3])) == 1
         monkeypatch.setattr(catalog, "IN_USE_S", 0.0)
         served.save_tallies()

@@ -362,6 +362,30 @@ class TestSealed:
             digest = recording.seal().digest
         assert digest == digest_of(run.written(path.with_name("direct")))
 
+    def test_one_that_was_closed_changes_nothing_since_another_may_have_its_lock(self, run: Run, path: Path) -> None:
+        run.record(path)
+        with Recording(path, files=failing_once("link", 0, errno.EIO)) as closed, pytest.raises(StorageFault):
+            closed.seal()
+        with Recording(path) as recording:
+            with pytest.raises(Unavailable, match="closed"):
+                closed.seal()
+            assert not list((path / "commits").iterdir())
+            assert recording.seal().digest == digest_of(run.written(path.with_name("direct")))
+
+    def test_one_that_was_closed_records_nothing(self, run: Run, path: Path) -> None:
+        with run.begun(path) as closed:
+            pass
+        before = log_of(path)
+        attempts: list[Attempt] = [
+            lambda: closed.append(run.batch([0]), RANK_0),
+            lambda: closed.begin(Who(0, 2)),
+            lambda: closed.finish(RANK_0),
+        ]
+        for refused in attempts:
+            with pytest.raises(Unavailable, match="closed"):
+                refused()
+        assert log_of(path) == before
+
 
 class TestPart:
     """Of a run that did not reach all examples."""

@@ -255,9 +255,11 @@ class Recording:
         Raises:
             RowsMissing: some examples were not recorded, and ``part`` is not said, or none was.
             DiskFull, StoreNotWritable, StorageFault: what is done is kept; seal again.
+            Unavailable: the recording was closed.
         """
         recorded = self._recorded
         with self._appending:
+            self._refuse_closed()
             done, examples = recorded.progress().examples, self.terms.examples
             part = recorded.sealing == Kind.SEALING_PART or (part and done < examples)
             if not done or not (done == examples or part):
@@ -286,10 +288,13 @@ class Recording:
         )
 
     def _append(self, kind: Kind, who: Who, rows: np.ndarray | None = None) -> None:
-        if self._closed:
-            raise Unavailable(f"recording {self.name!r} was closed at this moment: try again")
+        self._refuse_closed()
         self._log.append(kind, who.rank, who.sitting, rows)
         self._recorded.follow()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:  # so its lock may be another's by now
+            raise Unavailable(f"recording {self.name!r} was closed at this moment: try again")
 
     def _refuse_sealing(self) -> None:
         if self._recorded.sealing is not None:
